@@ -1,0 +1,4279 @@
+#!/usr/bin/env python3
+"""queuectl: a durable job queue for shell commands, in one file.
+
+    queuectl.py enqueue 'tar czf /backup/etc.tgz /etc'   # prints the job's id
+    queuectl.py worker start --count 2                   # Ctrl-C or `worker stop` ends it
+    queuectl.py status | list | show ID | logs ID        # what happened
+    queuectl.py COMMAND --help                           # every command has an example
+
+A job is `pending`, `processing`, `completed`, `dead` or `cancelled`:
+
+    enqueue -> pending --claim--> processing --exit 0--> completed
+                  ^                   |
+                  +-- failed, attempts < max_retries: run_after = now + backoff_base ** attempts
+                                      |
+                                      +-- failed, attempts >= max_retries --> dead
+                  ^                                                            |
+                  +-------------------- dlq retry, attempts = 0 ---------------+
+
+What it promises, and by what means:
+
+  - An acknowledged job is on disk: `enqueue` prints an id after an fsynced commit.
+  - One claim per job: claim and settle are BEGIN IMMEDIATE transactions, and a settle is
+    fenced by the number of its run, which is never used twice.
+  - A worker is alive while it holds a kernel lock on a file of its own. No heartbeat, no
+    lease, no pid file, so no clock and no reused pid can make a live worker look dead.
+  - Never two copies of a job at once: whoever takes back a dead worker's job first ends
+    its process tree, which is known by an inherited lock and by its process group.
+  - A worker never waits for anything but in one place, where its job's end and output,
+    signals, orders and wake-ups all arrive.
+
+Exit codes: 0 done; 1 refused or failed; 2 usage; 124 `--timeout` ran out; 130 interrupted.
+
+The file is built bottom-up, in rooms: errors, model, platform, schema, storage, runner,
+workers, output, commands, main. A room calls only rooms above it; only `class Queue`
+executes SQL; only the workers' room joins storage and runner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sqlite3
+import stat
+import sys
+import time
+from datetime import datetime, timezone
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import (Any, BinaryIO, Callable, Dict, IO, Iterable, Iterator, List, Mapping,
+                        NoReturn, Optional, Sequence, Set, TextIO, Tuple)
+
+__version__ = "1.0.0"
+__all__ = ["Job", "Queue", "QueueError", "Run", "WorkerInfo", "main"]
+
+
+# -- errors -------------------------------------------------------------------------------
+
+class QueueError(Exception):
+    """The user's problem: one line that says what is wrong and what to do about it."""
+
+    exit_code = 1
+
+
+class UsageError(QueueError):
+    """The command line itself is wrong."""
+
+    exit_code = 2
+
+
+class TimeoutExpired(QueueError):
+    """The caller's `--timeout` ran out before what it waited for came about."""
+
+    exit_code = 124
+
+
+class DatabaseUnavailable(QueueError):
+    """The database cannot be written now and may be again: full disk, I/O error, busy."""
+
+
+# -- model --------------------------------------------------------------------------------
+
+STATES = ("pending", "processing", "completed", "dead", "cancelled")
+VIEWS = ("failed", "scheduled", "blocked")  # of pending; nothing stores them
+ENDED = ("completed", "dead", "cancelled")
+OUTCOMES = ("completed", "failed", "timeout", "cancelled", "interrupted", "lost")
+
+# Why a pending job is not handed out yet (column `hold`).
+READY, SCHEDULED, RETRYING, BLOCKED = range(4)
+
+# Orders to a worker. They only ever rise.
+RUN, DRAIN, NOW = range(3)
+
+DEFAULT_QUEUE = "default"
+MAX_TEXT = 128 * 1024  # bytes; Linux's MAX_ARG_STRLEN, the limit for one argument
+MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z, the last second that ISO 8601 can name
+DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+SIZE_UNITS = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024,
+              "m": 1024 ** 2, "mb": 1024 ** 2, "mib": 1024 ** 2}
+
+
+class Record:
+    """A row. Its attributes are the annotated names of the subclass."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)
+
+    def __repr__(self) -> str:
+        inside = ", ".join("%s=%r" % field for field in self.__dict__.items())
+        return "%s(%s)" % (type(self).__name__, inside)
+
+
+class Job(Record):
+    """A job as `list --json` prints it (the names of JOB_KEYS), and what the queue knows of
+    it besides. Times are ISO 8601 in UTC; `timeout` is in seconds."""
+
+    id: str
+    command: str
+    state: str
+    queue: str
+    priority: int
+    attempts: int
+    max_retries: int
+    timeout: Optional[float]
+    run_at: Optional[str]
+    cwd: Optional[str]
+    env: Dict[str, str]
+    after: List[str]
+    unique: Optional[str]
+    created_at: str
+    updated_at: str
+    started_at: Optional[str]
+    finished_at: Optional[str]
+    locked_by: Optional[str]
+    locked_at: Optional[str]
+    exit_code: Optional[int]
+    last_error: Optional[str]
+
+    seq: int
+    hold: int
+    run: Optional[int]
+    run_after: Optional[float]
+    cancel: int
+
+    @property
+    def view(self) -> str:
+        """The state as people see it: `failed`, `scheduled` and `blocked` are pending."""
+        if self.state == "pending" and self.hold != READY:
+            return {SCHEDULED: "scheduled", RETRYING: "failed", BLOCKED: "blocked"}[self.hold]
+        return self.state
+
+    def as_dict(self) -> Dict[str, Any]:
+        return {key: self.__dict__[key] for key in JOB_KEYS}
+
+
+class Run(Record):
+    """One execution of a job. `number` counts the runs of this job from 1; `run` is unique
+    in the database. `outcome` is None while it runs."""
+
+    run: int
+    number: int
+    worker: str
+    started_at: str
+    finished_at: Optional[str]
+    exit_code: Optional[int]
+    signal: Optional[int]
+    outcome: Optional[str]
+    error: Optional[str]
+
+    def as_dict(self) -> Dict[str, Any]:
+        return {key: self.__dict__[key] for key in RUN_KEYS}
+
+
+class WorkerInfo(Record):
+    """A live worker process, or (slot 0) a live supervisor of `count` workers.
+
+    `queues` is None when it serves all. `job` is the id of the job that it runs since
+    `job_started_at`. `stop` is the order that `worker stop` left for it, or RUN."""
+
+    name: str
+    supervisor: str
+    slot: int
+    count: int
+    pid: int
+    queues: Optional[List[str]]
+    started_at: str
+    job: Optional[str]
+    job_started_at: Optional[str]
+    stop: int
+
+    def as_dict(self) -> Dict[str, Any]:
+        return {key: self.__dict__[key] for key in WORKER_KEYS}
+
+
+class Claim(Record):
+    """A job that has been handed to a worker, as one run."""
+
+    run: int
+    seq: int
+    id: str
+    command: str
+    attempts: int
+    max_retries: int
+    timeout: float
+    kill_grace: float
+    output_limit: int
+    queue: str
+    cwd: Optional[str]
+    env: Optional[str]
+    started_at: float
+
+
+class Result(Record):
+    """How a run ended: what `Queue.turn` settles."""
+
+    run: int
+    seq: int
+    outcome: str
+    exit_code: Optional[int]
+    signal: Optional[int]
+    error: Optional[str]
+    output: bytes
+    finished_at: float
+    seconds: float
+
+
+class Settled(Record):
+    """What a result made of its job. `run_after` is set when it will run again."""
+
+    state: str
+    run_after: Optional[float]
+    awakened: int
+
+
+JOB_KEYS = tuple(key for key in Job.__annotations__
+                 if key not in ("seq", "hold", "run", "run_after", "cancel"))
+RUN_KEYS = tuple(key for key in Run.__annotations__ if key not in ("run", "number"))
+WORKER_KEYS = tuple(key for key in WorkerInfo.__annotations__ if key not in ("stop", "count"))
+
+
+def new_id() -> str:
+    """Six random characters (30 bits) that are easy to read aloud and to type:
+    Crockford's base 32 (no i, l, o, u), beginning with a letter or a digit."""
+    bits = int.from_bytes(os.urandom(4), "big")
+    return "".join(["0123456789abcdefghjkmnpqrstvwxyz"[bits >> shift & 31]
+                    for shift in (0, 5, 10, 15, 20, 25)])
+
+
+def printable(text: str) -> str:
+    """Text from a job made safe for a terminal: one line, no escape sequences."""
+    return "".join([c if c.isprintable() else " " if c in "\t\n\r" else "\ufffd" for c in text])
+
+
+def backoff(attempts: int, base: float, longest: float) -> float:
+    """Seconds from the failure of attempt number `attempts` to the next one:
+    base ** attempts, at most `longest`, whatever `attempts` is."""
+    try:
+        return min(float(base) ** attempts, longest)
+    except OverflowError:
+        return longest
+
+
+def iso(epoch: Optional[float]) -> Optional[str]:
+    """Epoch seconds as ISO 8601 in UTC, to the millisecond."""
+    if epoch is None:
+        return None
+    seconds, millis = divmod(int(epoch * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%03dZ" % millis
+
+
+def from_iso(text: str) -> float:
+    """Epoch seconds of an ISO 8601 time; local time where it names no zone. ValueError."""
+    if text[-1:] in "zZ":
+        text = text[:-1] + "+00:00"
+    return datetime.fromisoformat(text).timestamp()
+
+
+def from_epoch(seconds: float) -> float:
+    if not 0 <= seconds <= MAX_EPOCH:
+        raise QueueError("is a time outside of 1970 to 9999")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """`90s`, `5m`, `1h`: the shortest form that parse_duration reads back."""
+    for unit in ("d", "h", "m"):
+        if seconds and not seconds % DURATION_UNITS[unit]:
+            return "%d%s" % (seconds // DURATION_UNITS[unit], unit)
+    return "%gs" % seconds
+
+
+def format_age(seconds: float) -> str:
+    """About how long, for people: `0.4s`, `12s`, `3m05s`, `2h10m`, `6d`."""
+    if seconds < 10:
+        return "%.1fs" % max(seconds, 0)
+    seconds = int(seconds)
+    if seconds < 60:
+        return "%ds" % seconds
+    if seconds < 3600:
+        return "%dm%02ds" % divmod(seconds, 60)
+    if seconds < 86400:
+        return "%dh%02dm" % (seconds // 3600, seconds % 3600 // 60)
+    return "%dd" % (seconds // 86400)
+
+
+# The parsers below read a value as it comes from a command line (a string) or from JSON.
+# Each returns what is stored or raises QueueError with an explanation that reads on from
+# the value's name.
+
+def _number(value: Any) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, str):
+        try:
+            number = float(value) if not value.strip("+-").isdecimal() else int(value)
+        except ValueError:
+            raise QueueError("%r is not a number" % value) from None
+    else:
+        raise QueueError("%s is not a number" % _shown(value))
+    if not -1e18 < number < 1e18:  # NaN and the infinities, too
+        raise QueueError("%s is out of range" % value)
+    return number
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def parse_integer(low: int, high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        number = _number(value)
+        if number != int(number):
+            raise QueueError("%s is not a whole number" % value)
+        if not low <= number <= high:
+            raise QueueError("%s is not between %d and %d" % (value, low, high))
+        return int(number)
+    return parse
+
+
+def parse_factor(value: Any) -> float:
+    number = _number(value)
+    if not 0 <= number <= 1000:
+        raise QueueError("%s is not between 0 and 1000" % value)
+    return number
+
+
+def parse_duration(value: Any) -> float:
+    """Seconds from `90`, `90s`, `10m`, `2h`, `7d`, or a number."""
+    number, unit = value, "s"
+    if isinstance(value, str) and value[-1:] in DURATION_UNITS and value[:-1]:
+        number, unit = value[:-1], value[-1]
+    try:
+        seconds = _number(number) * DURATION_UNITS[unit]
+    except QueueError:
+        raise QueueError("%s is not a duration such as 90, 90s, 10m, 2h or 7d"
+                         % _shown(value)) from None
+    if not 0 <= seconds <= 1e10:
+        raise QueueError("%s is not a duration between 0 and 300 years" % value)
+    return seconds
+
+
+def parse_size(value: Any) -> int:
+    """Bytes from `65536`, `64K`, `64KiB`, `1M`, or a number."""
+    text = str(value).lower().replace(" ", "") if isinstance(value, str) else value
+    unit = ""
+    if isinstance(text, str):
+        digits = text.rstrip("kmib")
+        text, unit = digits, text[len(digits):]
+    if unit not in SIZE_UNITS:
+        raise QueueError("%s is not a size such as 65536, 64K or 1M" % _shown(value))
+    return parse_integer(0, 1024 ** 3)(_number(text) * SIZE_UNITS[unit])
+
+
+def format_size(size: float) -> str:
+    for unit, name in ((1024 ** 2, "M"), (1024, "K")):
+        if size and not size % unit:
+            return "%d%s" % (size // unit, name)
+    return "%d" % size
+
+
+def parse_time(value: Any, now: Optional[float] = None) -> float:
+    """Epoch seconds from ISO 8601 (no zone: local time), epoch seconds, or `+10m`."""
+    if isinstance(value, str):
+        if value.startswith("+"):
+            return from_epoch((time.time() if now is None else now) + parse_duration(value[1:]))
+        try:
+            return from_epoch(from_iso(value))
+        except (ValueError, OverflowError, OSError):
+            pass
+    try:
+        return from_epoch(_number(value))
+    except QueueError:
+        raise QueueError("%s is not a time such as 2026-01-31T08:00, 2026-01-31T08:00Z, "
+                         "+10m or epoch seconds" % _shown(value)) from None
+
+
+def parse_text(value: Any) -> str:
+    """Non-empty UTF-8 text without NUL that fits one argument of a command."""
+    if not isinstance(value, str):
+        raise QueueError("%s is not a string" % _shown(value))
+    if not value.strip():
+        raise QueueError("is empty")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise QueueError("is not UTF-8 text") from None
+    if "\0" in value:
+        raise QueueError("holds a NUL character")
+    if size >= MAX_TEXT:
+        raise QueueError("is %d bytes long; less than %d fit an argument (put it into a "
+                         "script)" % (size, MAX_TEXT))
+    return value
+
+
+def parse_name(value: Any) -> str:
+    """An id, the name of a queue, or a key: 1 to 255 printable characters, no blanks."""
+    if not isinstance(value, str):
+        raise QueueError("%s is not a string" % _shown(value))
+    if not (0 < len(value) <= 255 and value.isprintable() and " " not in value
+            and value[0] != "-"):
+        raise QueueError("%s is not 1 to 255 printable characters without blanks and without "
+                         "a leading '-'" % _shown(value))
+    return value
+
+
+def parse_cwd(value: Any) -> str:
+    return os.path.abspath(parse_text(value))
+
+
+def parse_env(value: Any) -> Dict[str, str]:
+    """A dict of strings, or a list of `NAME=VALUE` and `NAME` (copied from os.environ)."""
+    if isinstance(value, (list, tuple)):
+        pairs = {}
+        for word in value:
+            name, equals, text = parse_text(word).partition("=")
+            if not equals:
+                if name not in os.environ:
+                    raise QueueError("%s is not set here; give it as %s=VALUE" % (name, name))
+                text = os.environ[name]
+            pairs[name] = text
+        value = pairs
+    if not isinstance(value, dict):
+        raise QueueError("%s is not an object of strings" % _shown(value))
+    for name, text in value.items():
+        if not name or "=" in name or not isinstance(text, str):
+            raise QueueError("%s is not a name and its string" % _shown({name: text}))
+        parse_text(name + "=" + text)
+    return value
+
+
+def parse_after(value: Any) -> List[str]:
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    return list(dict.fromkeys(map(parse_name, value)))
+
+
+# The fields of a new job, in the order of the parameters of INSERT_JOB.
+FIELDS: Dict[str, Callable[[Any], Any]] = {
+    "id": parse_name,
+    "command": parse_text,
+    "queue": parse_name,
+    "priority": parse_integer(-2 ** 31, 2 ** 31 - 1),
+    "max_retries": parse_integer(0, 2 ** 31 - 1),
+    "timeout": parse_duration,
+    "delay": parse_duration,
+    "run_at": parse_time,
+    "cwd": parse_cwd,
+    "env": parse_env,
+    "after": parse_after,
+    "unique": parse_name,
+}
+READ_ONLY_FIELDS = frozenset(JOB_KEYS) - frozenset(FIELDS) | {"runs", "run_after"}
+
+
+def job_fields(fields: Mapping[str, Any]) -> Dict[str, Any]:
+    """The fields of a new job, each parsed; null is the same as absent. QueueError."""
+    if not isinstance(fields, dict):
+        raise QueueError("a job is a JSON object such as {\"command\": \"sleep 2\"}, not %s"
+                         % _shown(fields))
+    parsed = {}
+    for name, value in fields.items():
+        parse = FIELDS.get(name)
+        if parse is None:
+            if name in READ_ONLY_FIELDS:
+                continue
+            raise QueueError("unknown field %s; the fields of a job are %s"
+                             % (_shown(name), ", ".join(FIELDS)))
+        if value is not None:
+            try:
+                parsed[name] = parse(value)
+            except QueueError as error:
+                raise QueueError("%s: %s" % (name, error)) from None
+    if "command" not in parsed:
+        raise QueueError("a job needs a command")
+    if "delay" in parsed and "run_at" in parsed:
+        raise QueueError("delay and run_at exclude each other")
+    return parsed
+
+
+class Setting(Record):
+    """A setting: parse(text) checks and converts it, format(value) writes it for people."""
+
+    name: str
+    default: float
+    parse: Callable[[Any], float]
+    format: Callable[[float], str]
+    help: str
+
+
+SETTINGS = {name: Setting(name=name, default=default, parse=parse, format=form, help=text)
+            for name, default, parse, form, text in (
+    ("max_retries", 3, FIELDS["max_retries"], "{:g}".format,
+     "attempts in all that a job enqueued from now on gets"),
+    ("backoff_base", 2, parse_factor, "{:g}".format,
+     "a retry waits backoff_base ** attempts seconds; 0: retry at once"),
+    ("backoff_max", 3600, parse_duration, format_duration, "longest wait before a retry"),
+    ("job_timeout", 300, parse_duration, format_duration,
+     "time a run may take where the job sets no timeout; 0: no limit"),
+    ("kill_grace", 5, parse_duration, format_duration,
+     "time between SIGTERM and SIGKILL when a job is ended"),
+    ("output_limit", 65536, parse_size, format_size,
+     "bytes of output kept per run: the first quarter and the rest from the end"),
+    ("keep_completed", 604800, parse_duration, format_duration,
+     "time after which completed jobs are deleted; 0: never"),
+)}
+
+
+def setting(name: str) -> Setting:
+    """The setting of that name; `max-retries` and `max_retries` are one. QueueError."""
+    found = SETTINGS.get(name.replace("-", "_"))
+    if found is None:
+        raise QueueError("unknown setting %s; the settings are %s"
+                         % (_shown(name), ", ".join(SETTINGS)))
+    return found
+
+
+def exit_error(exit_code: Optional[int], signum: Optional[int], output: bytes) -> str:
+    """What last_error says of a run that ended by itself and not with 0."""
+    if signum is not None:
+        try:
+            return "killed by %s" % signal.Signals(signum).name
+        except ValueError:
+            return "killed by signal %d" % signum
+    text = "exit code %s" % exit_code
+    if exit_code == 127:
+        text += " (command not found; the worker's PATH counts: use a full path, or " \
+                "enqueue with --env PATH)"
+    elif exit_code == 126:
+        text += " (found, but not executable)"
+    lines = output[-2000:].decode("utf-8", "replace").strip().splitlines()
+    return text + (": " + lines[-1].strip()[-300:] if lines else "")
+
+
+def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now: float,
+               settings: Mapping[str, float]) -> Tuple[str, int, int, Optional[float]]:
+    """The life of a job in one place: (state, hold, attempts, run_after) after a run.
+
+    An interrupted run was ended for the operator's reasons, so it takes back its attempt.
+    A lost one (its worker died) costs its attempt, but need not wait: nothing says that
+    the command was at fault. A requested cancel wins over everything but success."""
+    if outcome == "completed":
+        return "completed", READY, attempts, None
+    if outcome == "interrupted":
+        attempts -= 1
+    if outcome == "cancelled" or cancel:
+        return "cancelled", READY, attempts, None
+    if outcome == "interrupted":
+        return "pending", READY, attempts, None
+    if attempts >= max_retries:
+        return "dead", READY, attempts, None
+    delay = backoff(attempts, settings["backoff_base"], settings["backoff_max"])
+    if outcome == "lost" or not delay:
+        return "pending", READY, attempts, None
+    return "pending", RETRYING, attempts, now + delay
+
+
+# -- platform -----------------------------------------------------------------------------
+#
+# Every difference between operating systems. Both arms define the same names:
+#
+#   default_folder  make_folder  create_file  flush  flush_folder  unsafe_reason
+#   exclusive                       one process at a time
+#   hold  is_held  sweep            a worker's lock: held for as long as its process lives
+#   RunLock  end_tree               a run's process tree: found and ended by whoever rescues
+#   Child                           one spawned command, its pipe and its process group
+#   Bell  ring  Waiter              sleeping in one place, and waking who sleeps there
+#   default_signals                 what a worker sets up before it runs anything
+
+FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
+
+
+def same_file(fd: int, path: str) -> bool:
+    """Whether the open file `fd` is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
+
+
+if sys.platform == "win32":
+    import ctypes
+    import subprocess
+    import threading
+
+    kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+    kernel32.CreateJobObjectW.restype = ctypes.c_void_p
+
+    def default_folder() -> Optional[str]:
+        local = os.environ.get("LOCALAPPDATA")
+        return os.path.join(local, "queuectl") if local else None
+
+    def make_folder(path: str) -> None:
+        os.makedirs(path, exist_ok=True)
+
+    def create_file(path: str, flags: int = 0) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_BINARY | flags)
+
+    def flush(fd: int) -> None:
+        os.fsync(fd)
+
+    def flush_folder(path: str) -> None:
+        """NTFS journals its folders; they cannot be opened to be flushed."""
+
+    def unsafe_reason(path: str) -> Optional[str]:
+        return None  # access lists of the profile folder are the user's own
+
+    # Windows refuses to delete a file that a process holds open, and a process's files are
+    # closed with it: a worker's lock is its open file, and to ask is to try to delete it.
+
+    def hold(path: str) -> int:
+        return create_file(path, os.O_EXCL | os.O_NOINHERIT)
+
+    def is_held(path: str) -> bool:
+        return not sweep(path)
+
+    def sweep(path: str) -> bool:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def exclusive(path: str) -> Iterator[None]:
+        import msvcrt
+        fd = create_file(path)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_LOCK, 1)
+            yield
+        finally:
+            os.close(fd)
+
+    class RunLock:
+        """Nothing: a Job Object ends with its worker, so no tree outlives one."""
+
+        def __init__(self, prefix: str) -> None:
+            self.name = ""
+            self.fd = -1
+
+        def renew(self) -> None:
+            pass
+
+        def record(self, run: int, pid: int) -> None:
+            pass
+
+    def end_tree(path: str, run: int, job: str) -> Optional[str]:
+        return None
+
+    class _Limits(ctypes.Structure):
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION."""
+
+        _fields_ = [("times", ctypes.c_int64 * 2), ("flags", ctypes.c_uint32),
+                    ("working_set", ctypes.c_size_t * 2), ("processes", ctypes.c_uint32),
+                    ("affinity", ctypes.c_size_t), ("classes", ctypes.c_uint32 * 2),
+                    ("io", ctypes.c_uint64 * 6), ("memory", ctypes.c_size_t * 4)]
+
+    class Child:
+        """One spawned command in a Job Object that dies with this process."""
+
+        KILL_ON_JOB_CLOSE = 0x2000
+
+        def __init__(self, command: str, cwd: Optional[str], env: Mapping[str, str],
+                     lock: RunLock) -> None:
+            self.fd = -1
+            self._chunks: List[bytes] = []
+            self._job = kernel32.CreateJobObjectW(None, None)
+            self._limit(self.KILL_ON_JOB_CLOSE)
+            self._process = subprocess.Popen(
+                command, shell=True, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
+            kernel32.AssignProcessToJobObject(
+                ctypes.c_void_p(self._job), ctypes.c_void_p(int(self._process._handle)))
+            self.pid = self._process.pid
+            self._room = threading.Semaphore(64)  # chunks that may wait to be read
+            threading.Thread(target=self._drain, daemon=True).start()
+
+        def _limit(self, flags: int) -> None:
+            limits = _Limits(flags=flags)
+            kernel32.SetInformationJobObject(ctypes.c_void_p(self._job), 9,
+                                             ctypes.byref(limits), ctypes.sizeof(limits))
+
+        def _drain(self) -> None:
+            pipe = self._process.stdout
+            while pipe is not None:
+                chunk = pipe.read(65536) or b""
+                self._room.acquire()
+                self._chunks.append(chunk)
+                if not chunk:
+                    return
+
+        def read(self) -> Optional[bytes]:
+            if not self._chunks:
+                return None
+            self._room.release()
+            return self._chunks.pop(0)
+
+        def poll(self) -> Optional[bool]:
+            code = self._process.poll()
+            return None if code is None else code == 0
+
+        def reap(self) -> Tuple[Optional[int], Optional[int]]:
+            return self._process.wait(), None
+
+        def terminate(self, force: bool) -> None:
+            if force or self.poll() is not None:
+                kernel32.TerminateJobObject(ctypes.c_void_p(self._job), 1)
+            else:
+                with contextlib.suppress(OSError):
+                    os.kill(self.pid, signal.CTRL_BREAK_EVENT)
+
+        def tree_alive(self) -> bool:
+            return False
+
+        def close(self) -> None:
+            self._limit(0)  # what a successful job left in the background may go on
+            kernel32.CloseHandle(ctypes.c_void_p(self._job))
+
+    class Bell:
+        """There are no FIFOs: whoever sleeps looks every 50 ms."""
+
+        def __init__(self, path: str) -> None:
+            self.fd = -1
+
+        def clear(self) -> None:
+            pass
+
+    def ring(path: str) -> None:
+        pass
+
+    class Waiter:
+        """Sleeps in steps of 50 ms, for want of FIFOs and of signals that wake."""
+
+        def watch(self, fd: int) -> None:
+            pass
+
+        def unwatch(self, fd: int) -> None:
+            pass
+
+        def wait(self, timeout: float) -> List[int]:
+            time.sleep(max(0.0, min(timeout, 0.05)))
+            return [-1]
+
+    def default_signals() -> None:
+        pass
+
+else:
+    import fcntl
+    import select
+
+    LOCK_FD = 100  # where a job's tree inherits its lock; scripts use 3 to 9 themselves
+
+    def default_folder() -> Optional[str]:
+        state = os.environ.get("XDG_STATE_HOME", "")
+        if not os.path.isabs(state):
+            home = os.path.expanduser("~")
+            if not os.path.isabs(home) or not os.path.isdir(home):
+                return None
+            state = os.path.join(home, ".local", "state")
+        return os.path.join(state, "queuectl")
+
+    def make_folder(path: str) -> None:
+        """Make a private folder, and refuse one that others could have planted."""
+        missing = []
+        while not os.path.isdir(path) and path not in missing:
+            missing.append(path)
+            path = os.path.dirname(path)
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+                os.chmod(path, 0o700)
+        status = os.lstat(path)
+        if not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022 \
+                or status.st_uid not in (os.geteuid(), 0):
+            raise QueueError("%s is not a folder that only you can write; remove it" % path)
+
+    def create_file(path: str, flags: int = 0) -> int:
+        """Open or create a private file for reading and writing, whatever the umask."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags, 0o600)
+        if os.fstat(fd).st_mode & 0o777 != 0o600:
+            os.fchmod(fd, 0o600)
+        return fd
+
+    def flush(fd: int) -> None:
+        """Force a file to the disk itself (on macOS, fsync alone stops at the drive's cache)."""
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fdatasync(fd)
+
+    def flush_folder(path: str) -> None:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def unsafe_reason(path: str) -> Optional[str]:
+        """Why workers must not run what this database says, or None: whoever can write it
+        runs commands as the worker."""
+        status, folder = os.stat(path), os.stat(os.path.dirname(path))
+        if status.st_uid != os.geteuid():
+            return "belongs to another user (uid %d)" % status.st_uid
+        if status.st_mode & stat.S_IWOTH:
+            return "can be written by every user (chmod o-w it)"
+        if folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX:
+            return "stands in a folder that every user can write (chmod o-w the folder)"
+        return None
+
+    # A worker's lock is a record lock (fcntl), which a fork does not inherit, so that no
+    # child of a dead worker can make it look alive. Closing any descriptor of the file drops
+    # it: a process never asks about its own.
+
+    _held: Dict[str, int] = {}  # path: the process that holds it
+
+    def hold(path: str) -> int:
+        """Create `path` and lock it for as long as this process lives."""
+        _held[path] = os.getpid()
+        while True:
+            fd = create_file(path)
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if same_file(fd, path):
+                    return fd
+            except BlockingIOError:  # someone looks whether it can be swept: for an instant
+                time.sleep(0.001)
+            os.close(fd)
+
+    def is_held(path: str) -> bool:
+        """Whether a living process holds the lock. Asks with a shared lock, so that two
+        who ask never see each other."""
+        if _held.get(path) == os.getpid():
+            return True
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+
+    def sweep(path: str) -> bool:
+        """Unlink a lock file that nobody holds; False if somebody does."""
+        if _held.get(path) == os.getpid():
+            return False
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return True
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if same_file(fd, path):
+                os.unlink(path)
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def exclusive(path: str) -> Iterator[None]:
+        """One process at a time; the others wait. (flock is inherited: start what outlives
+        this with the descriptor closed, as subprocess does.)"""
+        fd = create_file(path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    class RunLock:
+        """The flock that the process tree of each run of one worker inherits.
+
+        One file serves run after run: only where a background child of an earlier job
+        still holds it does the next run get a file of its own. The file also records the
+        leader of the run's process group, for rescuers (end_tree)."""
+
+        def __init__(self, prefix: str) -> None:
+            self._prefix = prefix
+            self._number = 0
+            self.fd = -1
+
+        @property
+        def name(self) -> str:
+            return "%s.%d" % (os.path.basename(self._prefix), self._number)
+
+        def renew(self) -> None:
+            """Lock for a new run, with an open file description that no tree shares yet."""
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+            while True:
+                fd = create_file("%s.%d" % (self._prefix, self._number))
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(fd)
+                    self._number += 1
+                    continue
+                self.fd = fd
+                return
+
+        def record(self, run: int, pid: int) -> None:
+            """Write down who leads the run's process group. Should the disk be full, the
+            lock still tells the tree."""
+            with contextlib.suppress(OSError):
+                os.pwrite(self.fd, ("%d %s" % (run, identify(pid))).ljust(200).encode(), 0)
+
+    _here: List[str] = []
+
+    def _this_boot() -> List[str]:
+        """The boot and the pid namespace in which a process number means something."""
+        if not _here:
+            try:
+                with open("/proc/sys/kernel/random/boot_id") as file:
+                    _here[:] = [file.read().strip(), os.readlink("/proc/self/ns/pid")]
+            except OSError:
+                _here[:] = [os.popen("sysctl -n kern.bootsessionuuid 2>/dev/null").read().strip()
+                            or "unknown", "host"]
+        return _here
+
+    def _processes() -> Iterator[Tuple[int, int, str, str]]:
+        """(pid, process group, state, start time) of every process that can be seen."""
+        if sys.platform == "linux":
+            for name in os.listdir("/proc"):
+                if name.isdigit():
+                    found = _process(int(name))
+                    if found:
+                        yield found
+        else:
+            with os.popen("ps -axo pid=,pgid=,stat=,lstart=") as table:
+                for line in table:
+                    pid, group, state, start = line.split(None, 3)
+                    yield int(pid), int(group), state[0], "_".join(start.split())
+
+    def _process(pid: int) -> Optional[Tuple[int, int, str, str]]:
+        if sys.platform == "linux":
+            try:
+                fd = os.open("/proc/%d/stat" % pid, os.O_RDONLY)
+            except OSError:
+                return None
+            try:
+                # The name, in parentheses, may hold anything. After it: state, ppid, pgrp, ...
+                # starttime is the 22nd field of proc(5).
+                fields = os.read(fd, 4096).rpartition(b")")[2].split()
+                return pid, int(fields[2]), fields[0].decode(), fields[19].decode()
+            except (OSError, IndexError):
+                return None
+            finally:
+                os.close(fd)
+        return next((found for found in _processes() if found[0] == pid), None)
+
+    def identify(pid: int) -> str:
+        """What proves later that a process group is still the one that `pid` leads now."""
+        found = _process(pid)
+        return " ".join([str(pid), found[3] if found else "?"] + _this_boot())
+
+    def _holders(path: str) -> List[int]:
+        """The processes that hold the flock of the file, as far as they can be seen (Linux).
+        To have it open is not enough: other rescuers do, for an instant."""
+        found = []
+        with contextlib.suppress(OSError):
+            wanted = os.stat(path)
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                with contextlib.suppress(OSError):
+                    for fd in os.listdir("/proc/%s/fd" % pid):
+                        with contextlib.suppress(OSError):
+                            if not os.path.samestat(wanted, os.stat("/proc/%s/fd/%s" % (pid, fd))):
+                                continue
+                            with open("/proc/%s/fdinfo/%s" % (pid, fd)) as info:
+                                if "FLOCK  ADVISORY  WRITE" in info.read():
+                                    found.append(int(pid))
+                                    break
+        return found
+
+    def _runs_job(pid: int, job: str) -> bool:
+        """Whether the process was started with the environment of that job (Linux)."""
+        try:
+            with open("/proc/%d/environ" % pid, "rb") as file:
+                return b"QUEUECTL_JOB_ID=" + job.encode() in file.read().split(b"\0")
+        except OSError:
+            return False
+
+    def _tree(path: str, run: int, job: str) -> Tuple[List[int], Optional[int], Optional[str]]:
+        """(processes, group, doubt) of a dead worker's run. All empty: its tree is gone.
+
+        The processes and the group are proven to be the run's. `doubt` names what is alive
+        and may be of the run, but cannot be proven to be."""
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return [], None, None
+        try:
+            recorded = os.read(fd, 200).decode("ascii", "replace").split()
+            if len(recorded) != 5 or recorded[0] != str(run):
+                recorded = []  # killed between spawn and record: the lock alone decides
+            elif recorded[3] != _this_boot()[0]:
+                return [], None, None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                holders, doubt = [], None
+            except BlockingIOError:
+                holders, doubt = _holders(path), "a process that holds %s" % path
+        finally:
+            os.close(fd)
+        if not recorded or recorded[4] != _this_boot()[1]:
+            # Groups of another container cannot be seen from here: again the lock decides.
+            return holders, None, None if holders else doubt
+        leader, start = int(recorded[1]), recorded[2]
+        members = [found for found in _processes()
+                   if found[1] == leader and found[2] not in "ZX"]
+        if not members:
+            return holders, None, None if holders else doubt
+        first = _process(leader)
+        if first and first[3] != start:
+            return holders, None, None if holders else doubt  # the number has been reused
+        if first or any(found[0] in holders or _runs_job(found[0], job) for found in members):
+            return holders, leader, None
+        return holders, None, "process %d of its group" % members[0][0]
+
+    def end_tree(path: str, run: int, job: str) -> Optional[str]:
+        """End what is left of a dead worker's run, whose RunLock is at `path`. None
+        once it is gone; otherwise who seems to be left, whom nothing proves to be its.
+
+        Ends with SIGKILL: nobody is left who could record a result, and the job waits."""
+        for pause in (0, 1, 2, 5, 10, 20, 50, 100, 200, 400):  # ms for the dead to be reaped
+            time.sleep(pause / 1000)
+            processes, group, doubt = _tree(path, run, job)
+            if not processes and group is None:
+                return doubt
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if group is not None:
+                    os.killpg(group, signal.SIGKILL)
+            for pid in processes:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+        return "process %d, which does not die" % (processes[0] if processes else group or 0)
+
+    class Child:
+        """One spawned command: the leader of a session and process group of its own, with
+        one pipe for its output. posix_spawn uses vfork on every Python that we support; it
+        knows no folder, so this process changes to the job's and back."""
+
+        def __init__(self, command: str, cwd: Optional[str], env: Mapping[str, str],
+                     lock: RunLock) -> None:
+            """OSError where the folder or the shell does not let us in."""
+            self.fd, output = os.pipe()
+            self._status: Optional[int] = None
+            target = LOCK_FD if lock.fd != LOCK_FD else LOCK_FD + 1  # dup2 to itself keeps CLOEXEC
+            try:
+                os.set_blocking(self.fd, False)
+                if cwd:
+                    os.chdir(cwd)
+                self.pid = os.posix_spawn(
+                    "/bin/sh", ["/bin/sh", "-c", command], env, setsid=True, setsigmask=(),
+                    setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python itself ignores them
+                    file_actions=((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                                  (os.POSIX_SPAWN_DUP2, output, 1),
+                                  (os.POSIX_SPAWN_DUP2, output, 2),
+                                  (os.POSIX_SPAWN_DUP2, lock.fd, target)))
+            except BaseException:
+                os.close(self.fd)
+                raise
+            finally:
+                os.close(output)
+                if cwd:
+                    os.chdir("/")
+
+        def read(self) -> Optional[bytes]:
+            """Output that is there now: None if there is none, b"" at its end."""
+            try:
+                return os.read(self.fd, 65536)
+            except BlockingIOError:
+                return None
+
+        def poll(self) -> Optional[bool]:
+            """None while the leader runs, then whether it ended with 0. It stays a zombie
+            until reap(): that keeps its number, and so its group's, from a stranger."""
+            if hasattr(os, "waitid"):
+                seen = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                return None if seen is None else seen.si_status == 0
+            if self._status is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self._status = status if pid else None
+            return None if self._status is None else self._status == 0
+
+        def reap(self) -> Tuple[Optional[int], Optional[int]]:
+            """(exit code, signal) of the ended leader; one of them is None."""
+            status = os.waitpid(self.pid, 0)[1] if self._status is None else self._status
+            if os.WIFSIGNALED(status):
+                return None, os.WTERMSIG(status)
+            return os.WEXITSTATUS(status), None
+
+        def terminate(self, force: bool) -> None:
+            """SIGTERM, or by force SIGKILL, to the whole process group."""
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL if force else signal.SIGTERM)
+                if not force:
+                    os.killpg(self.pid, signal.SIGCONT)  # a stopped process cannot hear TERM
+
+        def tree_alive(self) -> bool:
+            """Whether the reaped leader's group has a live member. Its number stays taken
+            while it has any member, so a quick look first; then zombies do not count."""
+            try:
+                os.killpg(self.pid, 0)
+            except ProcessLookupError:
+                return False
+            except PermissionError:
+                pass
+            return any(found[1] == self.pid and found[2] not in "ZX" for found in _processes())
+
+        def close(self) -> None:
+            pass
+
+    class Bell:
+        """A FIFO that wakes its owner. A byte is a hint only, and may be lost."""
+
+        def __init__(self, path: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            os.mkfifo(path, 0o600)
+            self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+        def clear(self) -> None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.fd, 65536)
+
+    def ring(path: str) -> None:
+        """Ring the bell at `path`, if anybody listens there."""
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            try:
+                os.write(fd, b"!")
+            finally:
+                os.close(fd)
+
+    class Waiter:
+        """The one place where a process sleeps: until a watched descriptor can be read, a
+        signal has arrived, or the time is over."""
+
+        def __init__(self) -> None:
+            self._poll = select.poll()
+            self._wakeup, write = os.pipe()
+            for fd in (self._wakeup, write):
+                os.set_blocking(fd, False)
+            signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            self.watch(self._wakeup)
+
+        def watch(self, fd: int) -> None:
+            self._poll.register(fd, select.POLLIN)
+
+        def unwatch(self, fd: int) -> None:
+            self._poll.unregister(fd)
+
+        def wait(self, timeout: float) -> List[int]:
+            """The descriptors that can be read. `timeout` is in seconds."""
+            ready = [fd for fd, _ in self._poll.poll(max(0.0, timeout * 1000))]
+            if self._wakeup in ready:
+                os.read(self._wakeup, 4096)
+            return ready
+
+    def default_signals() -> None:
+        """Let spawned commands find every signal at its default, and none blocked: an
+        ignored one would be inherited, a handled one is reset by exec. (Were SIGCHLD left
+        ignored, the kernel would reap the jobs and `exit 3` would read as success.)"""
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        for signum in signal.Signals:
+            if signum not in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP) \
+                    and signal.getsignal(signum) == signal.SIG_IGN:
+                signal.signal(signum, lambda signum, frame: None)
+        signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+
+
+# -- schema -------------------------------------------------------------------------------
+#
+# Each partial index costs every insert a little, also where it does not apply. A query must
+# repeat an index's predicate word for word, or SQLite reads the whole table in silence.
+
+APPLICATION_ID = 0x71756575  # "queu"; what marks a database file as ours
+WAL_LIMIT = 8 * 1024 ** 2  # bytes of -wal from which on somebody checkpoints it
+PAGE = 1000  # rows a read transaction may last, so that no reader pins the WAL
+DUE_BATCH = 500  # jobs that one transaction moves from later to ready
+PRUNE_BATCH = 200  # jobs that one transaction deletes
+EVERY_QUEUE = "*"  # in `paused`
+
+MIGRATIONS = ((
+    """CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- first in, first out
+        id TEXT NOT NULL UNIQUE,
+        command TEXT NOT NULL,
+        state TEXT NOT NULL DEFAULT 'pending',
+        hold INTEGER NOT NULL,                  -- of a pending job: READY ... BLOCKED
+        attempts INTEGER NOT NULL DEFAULT 0,
+        max_retries INTEGER NOT NULL,
+        created_at TEXT NOT NULL,               -- ISO 8601, UTC
+        updated_at TEXT NOT NULL,
+        locked_by TEXT,                         -- the worker that runs it
+        locked_at TEXT,
+        last_error TEXT,
+        run_after REAL,                         -- epoch seconds; NULL: at once
+        queue TEXT NOT NULL,
+        priority INTEGER NOT NULL,
+        timeout REAL,                           -- seconds; NULL: as job_timeout says
+        cwd TEXT,
+        env TEXT,                               -- a JSON object
+        after TEXT,                             -- ids, separated by blanks
+        unique_key TEXT,
+        unmet INTEGER NOT NULL DEFAULT 0,       -- how many of `after` have not completed
+        cancel INTEGER NOT NULL DEFAULT 0,      -- the worker is asked to end it
+        run INTEGER)                            -- its current or last run""",
+    """CREATE INDEX jobs_ready ON jobs (queue, priority DESC, seq)
+        WHERE state = 'pending' AND hold = 0""",
+    """CREATE INDEX jobs_waiting ON jobs (hold, run_after, queue)
+        WHERE state = 'pending' AND hold > 0""",
+    """CREATE INDEX jobs_processing ON jobs (locked_by, queue)
+        WHERE state = 'processing'""",
+    """CREATE INDEX jobs_ended ON jobs (state, queue)
+        WHERE state IN ('completed', 'dead', 'cancelled')""",
+    """CREATE UNIQUE INDEX jobs_unique ON jobs (unique_key)
+        WHERE unique_key IS NOT NULL AND state IN ('pending', 'processing')""",
+    """CREATE TABLE runs (
+        run INTEGER PRIMARY KEY AUTOINCREMENT,
+        job INTEGER NOT NULL,                   -- jobs.seq
+        worker TEXT NOT NULL,
+        lock TEXT NOT NULL,                     -- the file of its RunLock
+        started_at REAL NOT NULL,               -- epoch seconds
+        finished_at REAL,
+        exit_code INTEGER,
+        signal INTEGER,
+        outcome TEXT,                           -- NULL while it runs
+        error TEXT,
+        output BLOB)""",
+    "CREATE INDEX runs_job ON runs (job)",
+    "CREATE TABLE deps (job INTEGER, needs INTEGER, PRIMARY KEY (job, needs)) WITHOUT ROWID",
+    "CREATE INDEX deps_needs ON deps (needs)",
+    """CREATE TABLE workers (
+        name TEXT PRIMARY KEY,                  -- names its lock and its bell, too
+        supervisor TEXT NOT NULL,
+        slot INTEGER NOT NULL,                  -- 1 ... N; 0: the supervisor itself
+        count INTEGER NOT NULL,                 -- of a supervisor: its N
+        pid INTEGER NOT NULL,
+        queues TEXT,                            -- a JSON array; NULL: every queue
+        started_at TEXT NOT NULL,
+        stop INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID""",
+    "CREATE TABLE paused (queue TEXT PRIMARY KEY) WITHOUT ROWID",
+    "CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE stats (                     -- runs that ended, by the minute
+        minute INTEGER, queue TEXT, outcome TEXT, runs INTEGER, seconds REAL,
+        PRIMARY KEY (minute, queue, outcome)) WITHOUT ROWID""",
+    "INSERT INTO config VALUES ('database_id', lower(hex(randomblob(16))))",
+),)
+
+IS_READY = "state = 'pending' AND hold = 0"
+IS_WAITING = "state = 'pending' AND hold > 0"
+IS_ENDED = "state IN ('completed', 'dead', 'cancelled')"
+
+# What `list --state` accepts, as a set of jobs that an index can enumerate.
+MEMBERS = {
+    "pending": "SELECT seq FROM jobs WHERE %s UNION ALL SELECT seq FROM jobs WHERE %s"
+               % (IS_READY, IS_WAITING),
+    "processing": "SELECT seq FROM jobs WHERE state = 'processing'",
+    "scheduled": "SELECT seq FROM jobs WHERE %s AND hold = %d" % (IS_WAITING, SCHEDULED),
+    "failed": "SELECT seq FROM jobs WHERE %s AND hold = %d" % (IS_WAITING, RETRYING),
+    "blocked": "SELECT seq FROM jobs WHERE %s AND hold = %d" % (IS_WAITING, BLOCKED),
+}
+MEMBERS.update((state, "SELECT seq FROM jobs WHERE %s AND state = '%s'" % (IS_ENDED, state))
+               for state in ENDED)
+RARE = 5000  # up to so many members are looked up; more are met soon enough by a scan
+
+# The same sets as tests of one row.
+PREDICATES = {
+    "scheduled": "%s AND hold = %d" % (IS_WAITING, SCHEDULED),
+    "failed": "%s AND hold = %d" % (IS_WAITING, RETRYING),
+    "blocked": "%s AND hold = %d" % (IS_WAITING, BLOCKED),
+}
+PREDICATES.update((state, "+state = '%s'" % state) for state in STATES)
+
+SELECT_JOBS = """
+    SELECT jobs.*, runs.started_at, runs.finished_at, runs.exit_code
+    FROM jobs LEFT JOIN runs ON runs.run = jobs.run"""
+SELECT_PAGE = SELECT_JOBS + """
+    WHERE jobs.seq > :last AND (:queue IS NULL OR +queue = :queue) AND %s
+    ORDER BY jobs.seq LIMIT :limit"""
+SELECT_JOB = SELECT_JOBS + " WHERE jobs.id = :id"
+SELECT_RUNS = """
+    SELECT run, worker, started_at, finished_at, exit_code, signal, outcome, error
+    FROM runs WHERE job = :seq ORDER BY run"""
+
+INSERT_JOB = """
+    INSERT INTO jobs (id, command, queue, priority, max_retries, timeout, hold, run_after,
+                      cwd, env, after, unique_key, created_at, updated_at)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?13)"""
+ACTIVE_WITH_KEY = """
+    SELECT id FROM jobs WHERE unique_key = :key AND unique_key IS NOT NULL
+        AND state IN ('pending', 'processing')"""
+COUNT_UNMET = """
+    UPDATE jobs SET unmet = :unmet, hold = CASE WHEN :unmet > 0 THEN 3
+        WHEN run_after > :now THEN 1 ELSE 0 END
+    WHERE seq = :seq"""
+MEET_DEPENDANTS = """
+    UPDATE jobs SET unmet = unmet - 1,
+        hold = CASE WHEN unmet > 1 THEN 3 WHEN run_after > :now THEN 1 ELSE 0 END
+    WHERE seq IN (SELECT job FROM deps WHERE needs = :seq)"""
+BLOCKERS = """
+    SELECT id, state FROM jobs JOIN deps ON deps.needs = jobs.seq
+    WHERE deps.job = :seq AND +state != 'completed'
+    ORDER BY state IN ('dead', 'cancelled') DESC, seq LIMIT 1"""
+# Blocked for ever, unless somebody retries: by an ended job, or by a job that is.
+IS_STUCK = """
+    WITH RECURSIVE needed(seq) AS (
+        SELECT needs FROM deps WHERE job = :seq
+        UNION SELECT deps.needs FROM needed JOIN jobs USING (seq) JOIN deps ON deps.job = seq
+              WHERE unmet > 0)
+    SELECT 1 FROM needed JOIN jobs USING (seq) WHERE state IN ('dead', 'cancelled') LIMIT 1"""
+
+MOVE_DUE = """
+    UPDATE jobs SET hold = 0 WHERE seq IN (
+        SELECT seq FROM jobs WHERE state = 'pending' AND hold > 0
+            AND hold IN (1, 2) AND run_after <= :now LIMIT %d)""" % DUE_BATCH
+NEXT_DUE = """
+    SELECT min(run_after) FROM (
+        SELECT * FROM (SELECT run_after FROM jobs WHERE state = 'pending' AND hold > 0
+                       AND hold = 1 ORDER BY run_after LIMIT 1)
+        UNION ALL
+        SELECT * FROM (SELECT run_after FROM jobs WHERE state = 'pending' AND hold > 0
+                       AND hold = 2 ORDER BY run_after LIMIT 1))"""
+# The best ready job of each queue, and of those the best: a seek per queue, however many
+# jobs stand in any of them. The queues are skipped through, or are this worker's own.
+_CLAIM = """
+    SELECT seq, id, command, attempts + 1 AS attempts, max_retries, timeout, queue, cwd, env
+    FROM jobs WHERE seq IN (
+        SELECT (SELECT seq FROM jobs WHERE state = 'pending' AND hold = 0
+                AND jobs.queue = served.queue ORDER BY priority DESC, seq LIMIT 1)
+        FROM served WHERE served.queue NOT IN (SELECT queue FROM paused)
+            AND NOT EXISTS (SELECT 1 FROM paused WHERE queue = '*'))
+    ORDER BY priority DESC, seq LIMIT 1"""
+NEXT_OF_EVERY_QUEUE = """
+    WITH RECURSIVE served(queue) AS (
+        SELECT min(queue) FROM jobs WHERE state = 'pending' AND hold = 0
+        UNION ALL
+        SELECT (SELECT min(queue) FROM jobs WHERE state = 'pending' AND hold = 0
+                AND queue > served.queue)
+        FROM served WHERE served.queue IS NOT NULL)""" + _CLAIM
+NEXT_OF_SERVED = _CLAIM.replace("served", "temp.served")
+
+CLAIM_JOB = """
+    UPDATE jobs SET state = 'processing', attempts = attempts + 1, cancel = 0, run = :run,
+        locked_by = :worker, locked_at = :at, updated_at = :at
+    WHERE seq = :seq"""
+START_RUN = """
+    INSERT INTO runs (job, worker, lock, started_at) VALUES (:seq, :worker, :lock, :now)"""
+HELD_BY_RUN = """
+    SELECT attempts, max_retries, cancel, queue, last_error FROM jobs
+    WHERE seq = :seq AND run = :run AND state = 'processing'"""  # the fence
+SETTLE_JOB = """
+    UPDATE jobs SET state = :state, hold = :hold, attempts = :attempts,
+        run_after = :run_after, last_error = :last_error, cancel = 0,
+        locked_by = NULL, locked_at = NULL, updated_at = :at
+    WHERE seq = :seq"""
+SETTLE_RUN = """
+    UPDATE runs SET finished_at = :finished_at, exit_code = :exit_code, signal = :signal,
+        outcome = :outcome, error = :error, output = :output
+    WHERE run = :run"""
+COUNT_RUN = """
+    INSERT INTO stats VALUES (:minute, :queue, :outcome, 1, :seconds)
+    ON CONFLICT (minute, queue, outcome)
+    DO UPDATE SET runs = runs + 1, seconds = seconds + excluded.seconds"""
+FOLD_STATS = (  # minutes that no rate asks for any more become one row per outcome
+    """INSERT INTO stats
+           SELECT 0, queue, outcome, sum(runs), sum(seconds) FROM stats
+           WHERE minute BETWEEN 1 AND :minute GROUP BY queue, outcome
+       ON CONFLICT (minute, queue, outcome)
+       DO UPDATE SET runs = runs + excluded.runs, seconds = seconds + excluded.seconds""",
+    "DELETE FROM stats WHERE minute BETWEEN 1 AND :minute",
+)
+SERVED_HERE = "(:every OR queue IN (SELECT queue FROM temp.served))"
+WORK_LEFT = """
+    SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'processing' AND %(served)s AND locked_by IN
+                   (SELECT name FROM workers WHERE supervisor = :supervisor))
+        OR NOT EXISTS (SELECT 1 FROM paused WHERE queue = '*')
+        AND (EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND hold = 0
+                     AND %(served)s AND queue NOT IN (SELECT queue FROM paused))
+          OR EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND hold > 0 AND hold = 2
+                     AND %(served)s AND queue NOT IN (SELECT queue FROM paused)))
+    """ % {"served": SERVED_HERE}
+IDLE_WORKERS = """
+    SELECT name, queues FROM workers WHERE slot > 0
+        AND name NOT IN (SELECT locked_by FROM jobs WHERE state = 'processing')"""
+ORPHANS = """
+    SELECT jobs.seq, jobs.id, jobs.run, jobs.locked_by, runs.lock, runs.started_at
+    FROM jobs JOIN runs ON runs.run = jobs.run WHERE state = 'processing'"""
+
+CANCEL_PENDING = """
+    UPDATE jobs SET state = 'cancelled', hold = 0, updated_at = :at
+    WHERE seq = :seq AND state = 'pending'"""
+CANCEL_RUNNING = "UPDATE jobs SET cancel = 1 WHERE seq = :seq AND state = 'processing'"
+RETRY_JOB = """
+    UPDATE jobs SET state = 'pending', hold = CASE WHEN unmet > 0 THEN 3 ELSE 0 END,
+        attempts = 0, run_after = NULL, last_error = NULL, updated_at = :at
+    WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
+# Jobs that have ended, that are past their time, and that no unfinished job waits for.
+PRUNABLE = """
+    SELECT seq, state IN (%s) AND updated_at <= :before AND NOT EXISTS (
+            SELECT 1 FROM deps JOIN jobs AS dependant ON dependant.seq = deps.job
+            WHERE deps.needs = jobs.seq AND jobs.state != 'completed'
+                AND dependant.state IN ('pending', 'processing'))
+    FROM jobs WHERE seq > :last ORDER BY seq LIMIT :limit"""
+DELETE_JOB = (
+    "DELETE FROM deps WHERE job = ?", "DELETE FROM deps WHERE needs = ?",
+    "DELETE FROM runs WHERE job = ?", "DELETE FROM jobs WHERE seq = ?",
+)
+
+COUNT_JOBS = """
+    SELECT 'pending' AS state, 0 AS hold, queue, count(*) AS jobs FROM jobs
+        WHERE state = 'pending' AND hold = 0 GROUP BY queue
+    UNION ALL SELECT 'pending', hold, queue, count(*) FROM jobs
+        WHERE state = 'pending' AND hold > 0 GROUP BY hold, queue
+    UNION ALL SELECT 'processing', 0, queue, count(*) FROM jobs
+        WHERE state = 'processing' GROUP BY queue
+    UNION ALL SELECT state, 0, queue, count(*) FROM jobs
+        WHERE state IN ('completed', 'dead', 'cancelled') GROUP BY state, queue"""
+OLDEST_READY = """
+    SELECT created_at, updated_at, run_after FROM jobs WHERE seq =
+        (SELECT min(seq) FROM jobs WHERE state = 'pending' AND hold = 0)"""
+SELECT_WORKERS = """
+    SELECT workers.*, jobs.id AS job, jobs.locked_at AS job_started_at
+    FROM workers LEFT JOIN jobs ON jobs.locked_by = workers.name AND jobs.state = 'processing'
+    ORDER BY workers.started_at, workers.supervisor, workers.slot"""
+
+
+# -- storage ------------------------------------------------------------------------------
+
+BUSY_BUDGET = 30.0  # seconds for which a busy database is tried again
+SYNC_DELAY = 0.1  # seconds that a worker's commit may wait for its fsync
+UNAVAILABLE = ("locked", "busy", "full", "disk I/O error")
+
+_connections: Set[int] = set()  # ids of the Queues open in this process; see safe_to_fork()
+
+
+def safe_to_fork() -> bool:
+    """Whether no connection would cross a fork: SQLite's locks do not survive one."""
+    return FORK and not _connections
+
+
+def default_path() -> str:
+    """`$QUEUECTL_DB`, or `queuectl.db` in the user's state folder. QueueError."""
+    path = os.environ.get("QUEUECTL_DB")
+    if path:
+        return path
+    folder = default_folder()
+    if folder is None:
+        raise QueueError("no usable home folder; name the database with --db PATH")
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise QueueError("cannot make the folder %s: %s; name the database with --db PATH"
+                         % (folder, error.strerror)) from None
+    return os.path.join(folder, "queuectl.db")
+
+
+class Queue:
+    """A queue: one SQLite database, which is created on first use.
+
+    Safe to use from any number of processes at once; within a process, one Queue a thread,
+    and none across a fork. What returns has been committed and fsynced, unless `durable` is
+    false: then commits wait for sync() (workers fsync theirs within SYNC_DELAY).
+
+    Every method raises QueueError for what the user can mend, and nothing is changed then.
+    Times that come in are epoch seconds."""
+
+    def __init__(self, path: Optional[str] = None, *, durable: bool = True) -> None:
+        self.path = os.path.realpath(default_path() if path is None else path)
+        self.folder = self.path + "-run"
+        self._durable = durable
+        self._unsynced: Optional[float] = None  # time of the first commit that is not synced
+        self._committed = 0.0  # time of the last commit
+        self._wal = self._marks = -1
+        self._commits = 0
+        self._checkpoint_after = 0.0
+        self._version = -1
+        self._serves_every = True
+        try:
+            self._created = self._inspect()
+            self._db = sqlite3.connect(
+                _uri(self.path) + "?mode=rw", uri=True, timeout=0, isolation_level=None)
+            _connections.add(id(self))
+            self._db.row_factory = sqlite3.Row
+            try:
+                self._set_up()
+            except BaseException:
+                self.close()
+                raise
+        except sqlite3.Error as error:
+            raise self._explain(error) from None
+        except OSError as error:
+            raise QueueError("cannot open %s: %s" % (self.path, error.strerror)) from None
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Sync and close. The last one to close a database tidies up its -wal file."""
+        if id(self) in _connections:
+            with contextlib.suppress(QueueError):
+                self.sync()
+            for fd in (self._wal, self._marks):
+                if fd >= 0:
+                    os.close(fd)
+            _connections.discard(id(self))
+            self._db.close()
+
+    # Opening. A file is judged before any connection may write to it: opening a foreign WAL
+    # database would rewrite it, and open() is out of question, since closing a descriptor of
+    # a database drops all the POSIX locks that SQLite holds on it in this process.
+
+    def _inspect(self) -> Tuple[int, int]:
+        """Refuse a file that is not ours; (device, inode) of the one that is."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                os.close(create_file(self.path, os.O_EXCL))
+                flush_folder(os.path.dirname(self.path))
+            status = os.stat(self.path)
+        if stat.S_ISDIR(status.st_mode):
+            raise QueueError("%s is a folder; name a file with --db" % self.path)
+        if not stat.S_ISREG(status.st_mode):
+            raise QueueError("%s is not a regular file" % self.path)
+        if status.st_size:
+            look = sqlite3.connect(_uri(self.path) + "?immutable=1", uri=True, timeout=0,
+                                   isolation_level=None)
+            try:
+                # Or SQLite itself refuses what a checkpoint left half done, which only a
+                # connection that sees the -wal file can complete.
+                look.execute("PRAGMA writable_schema = ON")
+                look.execute("BEGIN")  # one look: others may be creating it right now
+                owner, version, pages, size, tables = (look.execute(query).fetchone()[0] for query in (
+                    "PRAGMA application_id", "PRAGMA user_version", "PRAGMA page_count",
+                    "PRAGMA page_size", "SELECT count(*) FROM sqlite_master"))
+            finally:
+                look.close()
+            log = _size(self.path + "-wal")
+            if owner != APPLICATION_ID and (owner or version or tables or log):
+                raise QueueError("%s is another program's database; name another file with --db"
+                                 % self.path)
+            self._check_version(version)
+            if pages * size > os.stat(self.path).st_size and not log:
+                raise QueueError("%s is truncated (%d bytes of %d); restore a copy of it"
+                                 % (self.path, status.st_size, pages * size))
+        return status.st_dev, status.st_ino
+
+    def _check_version(self, version: int) -> None:
+        if version > len(MIGRATIONS):
+            raise QueueError("%s was made by a newer queuectl (schema %d; this one knows %d)"
+                             % (self.path, version, len(MIGRATIONS)))
+
+    def _set_up(self) -> None:
+        self._execute("PRAGMA synchronous = %s" % ("FULL" if self._durable else "NORMAL"))
+        if sys.platform == "darwin":
+            self._execute("PRAGMA fullfsync = ON")
+        self._execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
+        version = self._value("PRAGMA user_version")
+        self._check_version(version)
+        if version == len(MIGRATIONS):
+            return
+        # First the mark, in a rollback journal, so that no other program and no other first
+        # use ever sees a WAL database without it.
+        if self._value("PRAGMA application_id") != APPLICATION_ID:
+            self._execute("PRAGMA auto_vacuum = INCREMENTAL")
+            with self._transaction():
+                self._execute("PRAGMA application_id = %d" % APPLICATION_ID)
+        self._execute("PRAGMA journal_mode = WAL")
+        for number, statements in enumerate(MIGRATIONS, 1):
+            with self._transaction():
+                if self._value("PRAGMA user_version") < number:
+                    for statement in statements:
+                        self._execute(statement)
+                    self._execute("PRAGMA user_version = %d" % number)
+
+    # Executing. Every statement goes through here.
+
+    def _execute(self, sql: str, parameters: Any = (), many: bool = False) -> sqlite3.Cursor:
+        """Execute one statement. Where the database is busy, try again after a short random
+        wait: SQLite's own busy handler lets some writers starve."""
+        call = self._db.executemany if many else self._db.execute
+        budget = 0.0
+        while True:
+            try:
+                return call(sql, parameters)
+            except sqlite3.IntegrityError:
+                raise
+            except sqlite3.OperationalError as error:
+                now = time.monotonic()
+                budget = budget or now + BUSY_BUDGET
+                if "locked" not in str(error) or now > budget:
+                    raise self._explain(error) from None
+                # 0.05 to 0.2 ms at first, up to 4 ms after a quarter of a second
+                waited = now - budget + BUSY_BUDGET
+                time.sleep((0.25 + os.urandom(1)[0] / 256) * (0.0002 + min(waited / 80, 0.003)))
+            except sqlite3.Error as error:
+                raise self._explain(error) from None
+
+    def _explain(self, error: sqlite3.Error) -> QueueError:
+        text = str(error)
+        kind = DatabaseUnavailable if any(word in text for word in UNAVAILABLE) else QueueError
+        advice = {
+            "file is not a database": "name another file with --db",
+            "database disk image is malformed": "it is corrupt; restore a copy of it",
+            "attempt to write a readonly database": "make the file and its folder writable",
+            "unable to open database file": "see that its folder exists and is writable",
+            "database or disk is full": "nothing was stored; make room on its disk",
+            "disk I/O error": "nothing was stored; see that its disk is well",
+            "database is locked": "another program held it for %d seconds" % BUSY_BUDGET,
+        }.get(text)
+        return kind("%s: %s%s" % (self.path, text, "; " + advice if advice else ""))
+
+    def _value(self, sql: str, parameters: Any = ()) -> Any:
+        row = self._execute(sql, parameters).fetchone()
+        return row[0] if row else None
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """BEGIN IMMEDIATE: the writer lock is taken before anything is read, so what was
+        read is still true when it is written, and no transaction fails halfway as busy."""
+        self._execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise self._explain(error) from None
+            raise
+        if not self._durable:
+            self._committed = time.monotonic()
+            if self._unsynced is None:
+                self._unsynced = self._committed
+        self._commits += 1
+        if self._commits % 32 == 0:
+            self.checkpoint()
+
+    # Durability. Clients commit with synchronous=FULL. Workers commit with NORMAL, which
+    # syncs nothing, and sync the -wal file themselves, outside of the writer lock.
+
+    def sync_due(self) -> Optional[float]:
+        """When sync() must be called (time.monotonic), or None."""
+        return None if self._unsynced is None else self._unsynced + SYNC_DELAY
+
+    def sync(self) -> None:
+        """Bring this connection's commits to the disk, where no other worker's sync has.
+
+        A file with the monotonic start of the last sync tells the workers of each other:
+        what was committed before it is on disk, and what came later has time until
+        SYNC_DELAY after it. (Each worker that registers empties it: after a boot, monotonic
+        clocks start anew.) QueueError."""
+        if self._unsynced is None:
+            return
+        try:
+            if self._wal < 0:
+                self._wal = os.open(self.path + "-wal", os.O_RDWR)
+                self._marks = create_file(os.path.join(self.folder, "synced"))
+            start = time.monotonic()
+            mark = float(os.pread(self._marks, 32, 0) or b"0")
+            if self._committed <= mark <= start:
+                self._unsynced = None
+                return
+            if self._unsynced < mark <= start < mark + SYNC_DELAY:
+                self._unsynced = mark
+                return
+            flush(self._wal)
+            os.pwrite(self._marks, b"%031.9f" % start, 0)
+        except OSError as error:
+            raise DatabaseUnavailable("cannot sync %s: %s" % (self.path, error.strerror)) from None
+        self._unsynced = None
+
+    def checkpoint(self) -> None:
+        """Bring the -wal file into the database once it has grown to WAL_LIMIT.
+
+        SQLite before 3.51.3 can corrupt a database when a commit resets the WAL while another
+        connection checkpoints (https://www.sqlite.org/wal.html#walresetbug). TRUNCATE holds
+        the writer lock meanwhile, if only its busy timeout is not 0: then it would silently
+        turn into the dangerous kind."""
+        if _size(self.path + "-wal") < WAL_LIMIT or time.monotonic() < self._checkpoint_after:
+            return
+        with contextlib.suppress(QueueError):
+            self._execute("PRAGMA busy_timeout = 1000")
+            try:
+                busy = self._value("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                self._execute("PRAGMA busy_timeout = 0")
+            if busy:
+                self._checkpoint_after = time.monotonic() + 1
+
+    def changed(self) -> bool:
+        """Whether another connection has committed since the last call (5 microseconds)."""
+        before, self._version = self._version, self._value("PRAGMA data_version")
+        return before != self._version
+
+    def check_in_place(self) -> None:
+        """Raise QueueError if the database has been deleted or replaced under us."""
+        try:
+            status = os.stat(self.path)
+            if (status.st_dev, status.st_ino) == self._created and status.st_size:
+                return
+        except FileNotFoundError:
+            pass
+        raise QueueError("%s has been deleted or replaced; stopping" % self.path)
+
+    def identity(self) -> str:
+        """The random id of this database."""
+        return str(self._value("SELECT value FROM config WHERE key = 'database_id'"))
+
+    def require_safe(self) -> None:
+        """Refuse to run what this database says, if others can write it. QueueError."""
+        try:
+            reason = unsafe_reason(self.path)
+            if reason:
+                raise QueueError("%s %s: no worker runs what others may have put there"
+                                 % (self.path, reason))
+            make_folder(self.folder)
+        except OSError as error:
+            raise QueueError("cannot use %s: %s" % (self.folder, error.strerror)) from None
+
+    # Jobs come in.
+
+    def enqueue(self, command: str, *, id: Optional[str] = None, queue: Optional[str] = None,
+                priority: Optional[int] = None, max_retries: Optional[int] = None,
+                timeout: Any = None, delay: Any = None, run_at: Any = None,
+                cwd: Optional[str] = None, env: Optional[Mapping[str, str]] = None,
+                after: Optional[Sequence[str]] = None, unique: Optional[str] = None) -> str:
+        """Store a job and return its id, once it is on disk.
+
+        `command` is a line for the shell. `timeout` and `delay` are seconds or text such as
+        `10m`; `run_at` is epoch seconds or text such as `2026-01-31T08:00`. What is None
+        takes its default: max_retries and timeout from the settings, cwd from the caller."""
+        fields = dict(id=id, command=command, queue=queue, priority=priority,
+                      max_retries=max_retries, timeout=timeout, delay=delay, run_at=run_at,
+                      cwd=cwd, env=env, after=after, unique=unique)
+        return next(self.enqueue_from([("", fields)]))
+
+    def enqueue_many(self, jobs: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+        """Store jobs, given as dicts of the fields that enqueue() takes, in one transaction:
+        all or none. Returns their ids, in order, once they are on disk. QueueError."""
+        return self.enqueue_from(("job %d: " % number, fields)
+                                 for number, fields in enumerate(jobs, 1))
+
+    def enqueue_from(self, jobs: Iterable[Tuple[str, Mapping[str, Any]]],
+                     note: Callable[[str], None] = lambda text: None) -> Iterator[str]:
+        """As enqueue_many, for pairs of a place ("line 3: "), which errors begin with, and a
+        job. `note` gets a line for each job that its unique key kept from being stored.
+
+        The writer lock is not held while `jobs` is consumed, which may take its time. Memory
+        stays bounded: what is many goes through a temporary file."""
+        now = time.time()
+        spool = _Spool()
+        max_retries = int(self.settings()["max_retries"])
+        try:
+            folder = os.getcwd()
+        except OSError:
+            folder = ""
+        for place, fields in jobs:
+            try:
+                row = _job_row(job_fields(fields), max_retries, folder, now)
+            except QueueError as error:
+                raise QueueError("%s%s" % (place, error)) from None
+            spool.add(row + (len(spool), place))
+        stored = _Batch()
+        with self._transaction():
+            stored.first = (self._value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
+                            or 0) + 1
+            for rows in spool:
+                self._insert(rows, stored, note)
+            if stored.waiting:
+                self._link(stored.waiting, stored.first, now)
+        if len(spool) >= PAGE:
+            self.checkpoint()
+        for queue, count in stored.ready.items():
+            self.wake(queue, count)
+        return (stored.instead.get(row[14], row[0]) for rows in spool for row in rows)
+
+    def _insert(self, rows: List[Tuple[Any, ...]], stored: _Batch,
+                note: Callable[[str], None]) -> None:
+        """Insert rows, all at once where nothing stands in the way."""
+        if not any(row[11] for row in rows):
+            self._execute("SAVEPOINT rows")
+            try:
+                self._execute(INSERT_JOB, [row[:13] for row in rows], many=True)
+            except sqlite3.IntegrityError:  # an id is taken: find out which, row by row
+                self._execute("ROLLBACK TO rows")
+            else:
+                for row in rows:
+                    stored.add(row)
+                return
+            finally:
+                self._execute("RELEASE rows")
+        for row in rows:
+            active = row[11] and self._value(ACTIVE_WITH_KEY, {"key": row[11]})
+            if active:
+                note("%s has the key %s and has not ended; nothing stored" % (active, row[11]))
+                stored.instead[row[14]] = active
+                continue
+            given = row
+            while True:
+                try:
+                    self._execute(INSERT_JOB, row[:13])
+                    break
+                except sqlite3.IntegrityError:
+                    if row[13]:
+                        raise QueueError("%sthe id %s is taken" % (row[15], row[0])) from None
+                    row = (new_id(),) + row[1:]
+            if row is not given:
+                stored.instead[row[14]] = row[0]
+            stored.add(row)
+
+    def _link(self, waiting: List[Tuple[str, str]], first: int, now: float) -> None:
+        """Make jobs wait for those that they name. A cycle can only be among the new ones
+        (seq >= first), and only where one of them names a later one."""
+        find = "SELECT seq, state FROM jobs WHERE id = ?"
+        names: Dict[int, str] = {}
+        needs: Dict[int, Set[int]] = {}
+        forward = False
+        for id, after in waiting:
+            seq = self._value(find, (id,))
+            names[seq], needs[seq] = id, set()
+            unmet = 0
+            for name in after.split():
+                row = self._execute(find, (name,)).fetchone()
+                if row is None:
+                    raise QueueError("job %s: after: there is no job %s" % (id, name))
+                unmet += row["state"] != "completed"
+                needs[seq].add(row["seq"])
+                forward |= row["seq"] >= seq
+            self._execute("INSERT INTO deps VALUES (?, ?)", [(seq, need) for need in needs[seq]],
+                          many=True)
+            self._execute(COUNT_UNMET, {"seq": seq, "unmet": unmet, "now": now})
+        if forward:
+            free = [seq for seq in needs if not any(need in needs for need in needs[seq])]
+            users: Dict[int, List[int]] = {}
+            for seq, their in needs.items():
+                for need in their & needs.keys():
+                    users.setdefault(need, []).append(seq)
+            left = {seq: len(their & needs.keys()) for seq, their in needs.items()}
+            while free:
+                seq = free.pop()
+                del left[seq]
+                for user in users.get(seq, ()):
+                    left[user] -= 1
+                    if not left[user]:
+                        free.append(user)
+            if left:
+                raise QueueError("after: these jobs wait for each other in a circle: %s"
+                                 % " ".join(sorted(names[seq] for seq in left)[:10]))
+
+    # Jobs are looked at.
+
+    def get(self, id: str) -> Job:
+        """The job of that id. QueueError if there is none."""
+        row = self._execute(SELECT_JOB, {"id": parse_name(id)}).fetchone()
+        if row is None:
+            raise QueueError("there is no job %s" % id)
+        return _job(row)
+
+    def jobs(self, state: Optional[str] = None, queue: Optional[str] = None,
+             limit: Optional[int] = None) -> Iterator[Job]:
+        """Jobs in the order in which they came, read page by page: no transaction lasts
+        longer than a page. `state` is one of STATES or VIEWS. QueueError."""
+        if state is None:
+            where = "1"
+        elif state in MEMBERS:
+            rare = self._value("SELECT count(*) FROM (SELECT 1 FROM (%s) LIMIT %d)"
+                               % (MEMBERS[state], RARE + 1)) <= RARE
+            where = "jobs.seq IN (%s)" % MEMBERS[state] if rare else PREDICATES[state]
+        else:
+            raise QueueError("there is no state %s; the states are %s"
+                             % (_shown(state), ", ".join(STATES + VIEWS)))
+        last, left = 0, float("inf") if limit is None else limit
+        while left > 0:
+            rows = self._execute(SELECT_PAGE % where, {
+                "last": last, "queue": queue, "limit": int(min(PAGE, left))}).fetchall()
+            for row in rows:
+                yield _job(row)
+            if len(rows) < min(PAGE, left):
+                return
+            last, left = rows[-1]["seq"], left - len(rows)
+
+    def runs(self, id: str) -> List[Run]:
+        """Every run of a job, the first one first. QueueError if there is no such job."""
+        return [Run(**dict(row, number=number, started_at=iso(row["started_at"]),
+                           finished_at=iso(row["finished_at"])))
+                for number, row in enumerate(
+                    self._execute(SELECT_RUNS, {"seq": self.get(id).seq}), 1)]
+
+    def output(self, run: int) -> Optional[bytes]:
+        """What is kept of a run's output; None while it runs (see live_output)."""
+        row = self._execute("SELECT outcome, output FROM runs WHERE run = ?", (run,)).fetchone()
+        if row is None:
+            raise QueueError("that run has been deleted with its job")
+        return (row["output"] or b"") if row["outcome"] else None
+
+    def live_output(self, run: int) -> str:
+        """The path of the file into which a worker writes the output of its current run."""
+        return os.path.join(self.folder, "%d.out" % run)
+
+    def blocker(self, job: Job) -> Optional[Tuple[str, str]]:
+        """(id, state) of a job that this one waits for: a dead or cancelled one first."""
+        row = self._execute(BLOCKERS, {"seq": job.seq}).fetchone()
+        return (row["id"], row["state"]) if row else None
+
+    def stuck(self, job: Job) -> bool:
+        """Whether a job can never run as things are: one that it waits for has ended badly."""
+        return job.view == "blocked" and bool(self._value(IS_STUCK, {"seq": job.seq}))
+
+    def count_rows(self) -> List[Tuple[str, str, int]]:
+        """(state or view, queue, jobs); `pending` here means ready to run."""
+        return [(("pending", "scheduled", "failed", "blocked")[row["hold"]]
+                 if row["state"] == "pending" else row["state"], row["queue"], row["jobs"])
+                for row in self._execute(COUNT_JOBS).fetchall()]
+
+    def counts(self) -> Dict[str, int]:
+        """How many jobs there are in each of STATES, and (again) in each of VIEWS."""
+        counts = dict.fromkeys(STATES + VIEWS, 0)
+        for state, _, jobs in self.count_rows():
+            counts[state] += jobs
+            if state in VIEWS:
+                counts["pending"] += jobs
+        return counts
+
+    def oldest_ready(self) -> Optional[float]:
+        """Since when (epoch seconds) the oldest job that could run has been waiting."""
+        row = self._execute(OLDEST_READY).fetchone()
+        return max(from_iso(row["created_at"]), row["run_after"] or 0) if row else None
+
+    def stats(self, since: float = 0) -> List[Tuple[str, str, int, float]]:
+        """(queue, outcome, runs, seconds) of the runs that have ended since, by the minute;
+        rates reach back an hour, and 0 means for ever, deleted jobs included."""
+        return [tuple(row) for row in self._execute(
+            "SELECT queue, outcome, sum(runs), sum(seconds) FROM stats WHERE minute >= ? "
+            "GROUP BY queue, outcome", (since // 60,)).fetchall()]
+
+    def last_seq(self) -> int:
+        """The number of the newest job."""
+        return int(self._value("SELECT max(seq) FROM jobs") or 0)
+
+    def progress(self, last: int, since: float, but: Optional[str]) -> Tuple[int, int, int]:
+        """(left, stuck, failed) of the jobs up to seq `last`, without the job `but`: not
+        ended; of those, blocked for ever; dead or cancelled `since` then."""
+        values = {"last": last, "since": iso(since), "but": but or ""}
+        own = "seq <= :last AND seq NOT IN (SELECT seq FROM jobs WHERE id = :but)"
+        counts = [int(self._value("SELECT count(*) FROM (%s) WHERE %s" % (members, own), values))
+                  for members in (MEMBERS["pending"], MEMBERS["processing"], MEMBERS["blocked"])]
+        left = counts[0] + counts[1]
+        failed = self._value(
+            "SELECT count(*) FROM jobs WHERE %s AND state IN ('dead', 'cancelled') "
+            "AND updated_at >= :since AND %s" % (IS_ENDED, own), values)
+        # Something that is not blocked is behind every job that can still run.
+        return left, counts[2] if left == counts[2] else 0, int(failed)
+
+    # Jobs are changed by people.
+
+    def cancel(self, ids: Sequence[str]) -> List[Job]:
+        """Cancel pending jobs, and ask the workers of running ones to end them. Returns the
+        jobs as they are then: `processing` ones will end soon. QueueError for a job that
+        does not exist or has ended otherwise: then none is touched."""
+        with self._transaction():
+            jobs = [self.get(id) for id in ids]
+            for job in jobs:
+                if job.state in ("completed", "dead"):
+                    raise QueueError("job %s has ended already (%s)" % (job.id, job.state))
+            for job in jobs:
+                parameters = {"seq": job.seq, "at": iso(time.time())}
+                self._execute(CANCEL_PENDING, parameters)
+                self._execute(CANCEL_RUNNING, parameters)
+        for job in jobs:
+            if job.locked_by:
+                self.ring(job.locked_by)
+        return [self.get(job.id) for job in jobs]
+
+    def retry(self, ids: Sequence[str]) -> None:
+        """Make dead or cancelled jobs pending again, with attempts = 0. QueueError for any
+        other job: then none is touched."""
+        with self._transaction():
+            jobs = [self.get(id) for id in ids]
+            for job in jobs:
+                if job.state not in ("dead", "cancelled"):
+                    raise QueueError("job %s is %s; only dead and cancelled jobs can be retried"
+                                     % (job.id, job.state))
+            self._retry([job.seq for job in jobs])
+        for job in jobs:
+            self.wake(job.queue, 1)
+
+    def retry_all(self) -> int:
+        """Retry every dead job, and return how many."""
+        with self._transaction():
+            seqs = [row[0] for row in self._execute(MEMBERS["dead"])]
+            self._retry(seqs)
+        self.wake(None, len(seqs))
+        return len(seqs)
+
+    def _retry(self, seqs: Iterable[int]) -> None:
+        now = iso(time.time())
+        for seq in seqs:
+            try:
+                self._execute(RETRY_JOB, {"seq": seq, "at": now})
+            except sqlite3.IntegrityError:
+                row = self._execute("SELECT id, unique_key FROM jobs WHERE seq = ?",
+                                    (seq,)).fetchone()
+                raise QueueError("job %s has the key %s, and so has a job that is pending or "
+                                 "processing" % (row["id"], row["unique_key"])) from None
+
+    def prune(self, states: Sequence[str], older_than: float = 0) -> int:
+        """Delete jobs that ended more than `older_than` seconds ago in one of `states` and
+        that no unfinished job waits for. Returns how many. In small transactions."""
+        before, last, total = time.time() - older_than, 0, 0
+        while True:
+            reached, deleted = self.prune_some(states, before, last)
+            total += deleted
+            if reached is None:
+                break
+            last = reached
+        self.give_back_space(total)
+        return total
+
+    def prune_some(self, states: Sequence[str], before: float,
+                   last: int) -> Tuple[Optional[int], int]:
+        """One step of a prune: looks at the PAGE of jobs after seq `last`, deletes at most
+        PRUNE_BATCH. Returns the seq that it reached (None: the end) and how many it deleted."""
+        words = ", ".join("'%s'" % state for state in ENDED if state in states)
+        parameters = {"before": iso(before), "last": last, "limit": PAGE}
+        rows = self._execute(PRUNABLE % words, parameters).fetchall()
+        if any(row[1] for row in rows):
+            with self._transaction():  # looks again: a dead job may have been retried
+                rows = self._execute(PRUNABLE % words, parameters).fetchall()
+                seqs = [(row[0],) for row in rows if row[1]][:PRUNE_BATCH]
+                for statement in DELETE_JOB:
+                    self._execute(statement, seqs, many=True)
+            if len(seqs) == PRUNE_BATCH:
+                return seqs[-1][0], len(seqs)
+            return (rows[-1][0] if len(rows) == PAGE else None), len(seqs)
+        return (rows[-1][0] if len(rows) == PAGE else None), 0
+
+    def give_back_space(self, deleted: int) -> None:
+        """Shorten the file by the pages that deleted jobs have left free, a few at a time."""
+        while deleted > 0 and self._value("PRAGMA freelist_count") > 64:
+            self._execute("PRAGMA incremental_vacuum(64)").fetchall()
+            deleted -= 64
+            self._commits += 1
+            self.checkpoint()
+
+    def pause(self, queue: Optional[str] = None) -> None:
+        """Hand out no more jobs of a queue, or of any."""
+        with self._transaction():
+            self._execute("INSERT OR IGNORE INTO paused VALUES (?)",
+                          (EVERY_QUEUE if queue is None else parse_name(queue),))
+
+    def resume(self, queue: Optional[str] = None) -> None:
+        """Hand out jobs again: of a queue, or (None) of every queue that was paused."""
+        with self._transaction():
+            if queue is None:
+                self._execute("DELETE FROM paused")
+            else:
+                self._execute("DELETE FROM paused WHERE queue = ?", (parse_name(queue),))
+        self.wake(queue, 1000)
+
+    def paused(self) -> List[str]:
+        """The names of the paused queues; EVERY_QUEUE stands for all."""
+        return [row[0] for row in self._execute("SELECT queue FROM paused ORDER BY queue")]
+
+    # Settings.
+
+    def settings(self) -> Dict[str, float]:
+        """The value of every setting."""
+        values = {name: found.default for name, found in SETTINGS.items()}
+        for key, value in self._execute("SELECT key, value FROM config").fetchall():
+            if key in SETTINGS:
+                values[key] = float(value)
+        return values
+
+    def set_setting(self, key: str, value: Any) -> None:
+        """Change a setting for every process that uses the queue, at once. QueueError."""
+        found = setting(key)
+        try:
+            number = found.parse(value)
+        except QueueError as error:
+            raise QueueError("%s: %s" % (found.name, error)) from None
+        with self._transaction():
+            self._execute("INSERT OR REPLACE INTO config VALUES (?, ?)",
+                          (found.name, repr(number)))
+
+    def unset_setting(self, key: str) -> None:
+        """Let a setting have its default again. QueueError."""
+        with self._transaction():
+            self._execute("DELETE FROM config WHERE key = ?", (setting(key).name,))
+
+    # Workers come and go.
+
+    def lock_path(self, name: str) -> str:
+        return os.path.join(self.folder, name + ".lock")
+
+    def bell_path(self, name: str) -> str:
+        return os.path.join(self.folder, name + ".bell")
+
+    def ring(self, name: str) -> None:
+        """Wake a worker or a supervisor."""
+        ring(self.bell_path(name))
+
+    def wake(self, queue: Optional[str], count: int) -> None:
+        """Wake up to `count` idle workers that serve the queue (None: any queue)."""
+        if count > 0:
+            for row in self._execute(IDLE_WORKERS).fetchall():
+                if queue is None or row["queues"] is None or queue in json.loads(row["queues"]):
+                    self.ring(row["name"])
+                    count -= 1
+                    if not count:
+                        break
+
+    def register(self, name: str, supervisor: str, slot: int, count: int,
+                 queues: Optional[Sequence[str]]) -> None:
+        """Make a worker (or, as slot 0, a supervisor) known, whose lock is held already."""
+        with self._transaction():
+            self._execute(
+                "INSERT INTO workers (name, supervisor, slot, count, pid, queues, started_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (name, supervisor, slot, count, os.getpid(),
+                 json.dumps(sorted(queues)) if queues else None, iso(time.time())))
+
+    def serve(self, queues: Optional[Sequence[str]]) -> None:
+        """Let turn() claim jobs of these queues only (None: of every queue)."""
+        self._serves_every = not queues
+        self._execute("CREATE TEMP TABLE served (queue TEXT PRIMARY KEY)")
+        self._execute("INSERT OR IGNORE INTO temp.served VALUES (?)",
+                      [(queue,) for queue in queues or ()], many=True)
+        with contextlib.suppress(OSError):
+            os.truncate(os.path.join(self.folder, "synced"), 0)
+
+    def unregister(self, name: str) -> None:
+        with self._transaction():
+            self._execute("DELETE FROM workers WHERE name = ?", (name,))
+
+    def workers(self, supervisors: bool = False) -> List[WorkerInfo]:
+        """The workers that are alive, and with `supervisors` their supervisors too."""
+        return [WorkerInfo(**dict(row, queues=json.loads(row["queues"] or "null")))
+                for row in self._execute(SELECT_WORKERS).fetchall()
+                if (supervisors or row["slot"]) and is_held(self.lock_path(row["name"]))]
+
+    def order_stop(self, order: int) -> List[WorkerInfo]:
+        """Order every live worker and supervisor to stop: DRAIN, or NOW. Returns them."""
+        with self._transaction():
+            self._execute("UPDATE workers SET stop = max(stop, ?)", (order,))
+        found = self.workers(supervisors=True)
+        for info in found:
+            self.ring(info.name)
+        return found
+
+    def ordered(self, name: str) -> int:
+        """The order that order_stop() left for a worker or a supervisor."""
+        return self._value("SELECT stop FROM workers WHERE name = ?", (name,)) or RUN
+
+    # A worker's turns.
+
+    def turn(self, result: Optional[Result], worker: Optional[str],
+             lock: str = "") -> Tuple[Optional[Settled], Optional[Claim]]:
+        """Settle a run and claim the next job for `worker`, in one transaction: either part
+        may be None. `lock` names the RunLock that the next run will hold.
+
+        The settle is fenced: where the run does not hold its job any more (it was rescued,
+        and perhaps runs again), nothing changes and Settled is None."""
+        now = time.time()
+        settled = claim = None
+        with self._transaction():
+            if result is not None:
+                settled = self._settle(result, now)
+            if worker is not None:
+                claim = self._claim(worker, lock, now)
+        if settled is not None and (settled.awakened or settled.run_after):
+            self.wake(None, settled.awakened or 1)
+        return settled, claim
+
+    def _settle(self, result: Result, now: float) -> Optional[Settled]:
+        row = self._execute(HELD_BY_RUN, {"seq": result.seq, "run": result.run}).fetchone()
+        if row is None:
+            return None
+        state, hold, attempts, run_after = next_state(
+            result.outcome, row["attempts"], row["max_retries"], bool(row["cancel"]), now,
+            {} if result.outcome == "completed" else self.settings())
+        error = result.error if result.outcome != "interrupted" else row["last_error"]
+        self._execute(SETTLE_JOB, {
+            "seq": result.seq, "state": state, "hold": hold, "attempts": attempts,
+            "run_after": run_after, "last_error": error, "at": iso(now)})
+        self._execute(SETTLE_RUN, result.__dict__)
+        self._execute(COUNT_RUN, {
+            "minute": now // 60, "queue": row["queue"], "outcome": result.outcome,
+            "seconds": result.seconds})
+        awakened = 0
+        if state == "completed":
+            awakened = self._execute(
+                MEET_DEPENDANTS, {"seq": result.seq, "now": now}).rowcount
+        elif state == "pending" and hold == READY:
+            awakened = 1
+        return Settled(state=state, run_after=run_after, awakened=awakened)
+
+    def _claim(self, worker: str, lock: str, now: float) -> Optional[Claim]:
+        self._execute(MOVE_DUE, {"now": now})
+        row = self._execute(
+            NEXT_OF_EVERY_QUEUE if self._serves_every else NEXT_OF_SERVED).fetchone()
+        if row is None:
+            return None
+        settings = self.settings()
+        run = self._execute(START_RUN, {
+            "seq": row["seq"], "worker": worker, "lock": lock, "now": now}).lastrowid
+        self._execute(CLAIM_JOB, {
+            "seq": row["seq"], "run": run, "worker": worker, "at": iso(now)})
+        timeout = settings["job_timeout"] if row["timeout"] is None else row["timeout"]
+        return Claim(**dict(row, run=run, started_at=now, timeout=timeout,
+                            kill_grace=settings["kill_grace"],
+                            output_limit=int(settings["output_limit"])))
+
+    def cancel_requested(self, claim: Claim) -> bool:
+        return bool(self._value("SELECT cancel FROM jobs WHERE seq = ? AND run = ?",
+                                (claim.seq, claim.run)))
+
+    def next_due(self) -> Optional[float]:
+        """When (epoch seconds) the next job for later is due."""
+        due: Optional[float] = self._value(NEXT_DUE)
+        return due
+
+    def work_left(self, supervisor: str) -> bool:
+        """Whether --drain has to go on: a job of the served queues is ready, or runs under
+        this supervisor, or waits for a retry."""
+        return bool(self._value(WORK_LEFT, {"every": self._serves_every,
+                                            "supervisor": supervisor}))
+
+    def fold_stats(self, now: float) -> None:
+        with self._transaction():
+            for statement in FOLD_STATS:
+                self._execute(statement, {"minute": now // 60 - 61})
+
+    # Rescue.
+
+    def orphans(self) -> List[sqlite3.Row]:
+        """The runs whose worker is dead: seq, id, run, locked_by, lock, started_at."""
+        alive: Dict[str, bool] = {}
+        rows = self._execute(ORPHANS).fetchall()
+        for row in rows:
+            name = row["locked_by"]
+            if name not in alive:
+                alive[name] = is_held(self.lock_path(name))
+        return [row for row in rows if not alive[row["locked_by"]]]
+
+    def doubt(self, run: int, text: str) -> None:
+        """Note why an orphaned run cannot be settled yet."""
+        if self._value("SELECT error FROM runs WHERE run = ?", (run,)) != text:
+            with self._transaction():
+                self._execute("UPDATE runs SET error = ? WHERE run = ? AND outcome IS NULL",
+                              (text, run))
+
+    def sweep(self) -> None:
+        """Delete what dead workers have left: rows, and files of theirs that no run needs."""
+        running = {row["locked_by"] for row in self._execute(ORPHANS).fetchall()}
+        dead = [row["name"] for row in self._execute("SELECT name FROM workers").fetchall()
+                if row["name"] not in running and not is_held(self.lock_path(row["name"]))]
+        for name in dead:
+            self.unregister(name)
+        try:
+            files = os.listdir(self.folder)
+        except OSError:
+            return
+        for file in files:
+            owner, _, kind = file.partition(".")
+            path = os.path.join(self.folder, file)
+            if kind == "lock":
+                if owner not in running:
+                    sweep(path)
+            elif kind == "out":
+                if self._value("SELECT 1 FROM runs WHERE run = ? AND outcome IS NULL",
+                               (owner,)) is None:
+                    remove(path)
+            elif kind == "bell" or kind.isdigit():
+                if owner not in running and not is_held(self.lock_path(owner)):
+                    remove(path)
+
+
+class _Batch:
+    """What one enqueue_many has stored so far."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.ready: Dict[str, int] = {}  # queue: jobs that can run at once
+        self.instead: Dict[int, str] = {}  # number of a row: the id that counts instead
+        self.waiting: List[Tuple[str, str]] = []  # (id, after)
+
+    def add(self, row: Tuple[Any, ...]) -> None:
+        if row[10]:
+            self.waiting.append((row[0], row[10]))
+        if row[6] == READY:
+            self.ready[row[2]] = self.ready.get(row[2], 0) + 1
+
+
+class _Spool:
+    """Rows, in chunks of PAGE. All but the first chunks wait in a temporary file."""
+
+    IN_MEMORY = 10
+
+    def __init__(self) -> None:
+        self._chunks: List[List[Tuple[Any, ...]]] = [[]]
+        self._file: Optional[IO[bytes]] = None
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, row: Tuple[Any, ...]) -> None:
+        self._chunks[-1].append(row)
+        self._length += 1
+        if len(self._chunks[-1]) == PAGE:
+            if len(self._chunks) > self.IN_MEMORY:
+                import marshal
+                import tempfile
+                try:
+                    self._file = self._file or tempfile.TemporaryFile()
+                    marshal.dump(self._chunks.pop(), self._file)
+                except OSError as error:
+                    raise QueueError("cannot write a temporary file: %s" % error.strerror) from None
+            self._chunks.append([])
+
+    def __iter__(self) -> Iterator[List[Tuple[Any, ...]]]:
+        yield from self._chunks[:self.IN_MEMORY]
+        if self._file is not None:
+            import marshal
+            self._file.seek(0)
+            with contextlib.suppress(EOFError):
+                while True:
+                    yield marshal.load(self._file)
+        yield from self._chunks[self.IN_MEMORY:]
+
+
+def _job_row(fields: Dict[str, Any], max_retries: int, folder: str,
+             now: float) -> Tuple[Any, ...]:
+    """The parameters of INSERT_JOB, and whether the caller chose the id."""
+    get = fields.get
+    run_after = get("run_at")
+    if get("delay") is not None:
+        run_after = from_epoch(now + fields["delay"])
+    after = " ".join(get("after", ()))
+    cwd = get("cwd") or folder
+    if not cwd:
+        raise QueueError("the current folder is gone; name one with --cwd")
+    env = get("env")
+    if after:
+        hold = BLOCKED
+    else:
+        hold = SCHEDULED if run_after is not None and run_after > now else READY
+    return (get("id") or new_id(), fields["command"], get("queue", DEFAULT_QUEUE),
+            get("priority", 0), get("max_retries", max_retries), get("timeout"), hold, run_after,
+            cwd, json.dumps(env) if env else None, after or None, get("unique"),
+            iso(now), "id" in fields)
+
+
+def _job(row: sqlite3.Row) -> Job:
+    fields = dict(row)
+    fields.update(
+        env=json.loads(row["env"] or "{}"), after=(row["after"] or "").split(),
+        unique=row["unique_key"], run_at=iso(row["run_after"]),
+        started_at=iso(row["started_at"]), finished_at=iso(row["finished_at"]))
+    return Job(**fields)
+
+
+def _uri(path: str) -> str:
+    """The URI by which SQLite opens a file, special characters and all."""
+    for character, escape in (("%", "%25"), ("?", "%3f"), ("#", "%23")):
+        path = path.replace(character, escape)
+    return "file:" + (path if os.sep == "/" else "/" + path.replace("\\", "/"))
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def remove(path: str) -> None:
+    """Unlink a file that may be gone already."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+# -- runner -------------------------------------------------------------------------------
+
+LIVE_DELAY = 0.02  # seconds after which a run's output goes to a file that others can follow
+LIVE_RING = 1024 ** 2  # bytes of output that this file holds
+CHUNK = 65536  # bytes read from a job's pipe at once; a pipe holds no more
+
+
+class Output:
+    """What is kept of a run's output: the first quarter of the limit and the rest from the
+    end. Memory stays bounded, whatever the command prints."""
+
+    def __init__(self, limit: int) -> None:
+        self.total = 0
+        self._first = limit // 4
+        self._last = limit - self._first
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self._first - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data
+        if len(self._tail) > 2 * self._last:
+            del self._tail[:len(self._tail) - self._last]
+
+    def parts(self) -> Tuple[bytes, int, bytes]:
+        """(head, number of bytes missing, tail)."""
+        tail = bytes(self._tail[max(0, len(self._tail) - self._last):])
+        return bytes(self._head), self.total - len(self._head) - len(tail), tail
+
+    def kept(self) -> bytes:
+        """The kept bytes, with a line between the parts that says how much is missing."""
+        head, missing, tail = self.parts()
+        return head + (missing and b"\n[queuectl: %d bytes are not kept (output_limit)]\n"
+                       % missing or b"") + tail
+
+
+class LiveOutput:
+    """The output of a run that is going on, in a file for others to follow: a ring of
+    LIVE_RING bytes behind a header (first valid position, end position). The writer puts the
+    bytes down before the header; the reader discards what may have been overwritten while
+    it read. For comfort only: where the disk is full, it stays behind."""
+
+    HEADER = 32
+
+    def __init__(self, fd: int, first: int = 0) -> None:
+        self._fd = fd
+        self._first = self.position = first
+
+    @classmethod
+    def create(cls, path: str, output: Output) -> LiveOutput:
+        """Start a file with what has been kept so far. OSError."""
+        head, missing, tail = output.parts()
+        live = cls(create_file(path), len(head) + missing if missing else 0)
+        live.write(tail if missing else head + tail)
+        return live
+
+    def write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            while data:
+                offset = self.position % LIVE_RING
+                part = data[:LIVE_RING - offset]
+                os.pwrite(self._fd, part, self.HEADER + offset)
+                self.position += len(part)
+                data = data[len(part):]
+            os.pwrite(self._fd, b"%015d %015d\n" % (self._first, self.position), 0)
+
+    def read(self) -> Tuple[bytes, int]:
+        """(bytes since the last read, how many before them were missed)."""
+        first, end = self._header()
+        start = max(self.position, first, end - LIVE_RING)
+        data = b""
+        while start + len(data) < end:
+            offset = (start + len(data)) % LIVE_RING
+            part = os.pread(self._fd, min(end - start - len(data), LIVE_RING - offset),
+                            self.HEADER + offset)
+            if not part:
+                break
+            data += part
+        # The writer may be in the middle of a chunk that the header does not show yet.
+        safe = self._header()[1] + CHUNK - LIVE_RING if end > LIVE_RING - CHUNK else 0
+        data = data[max(0, safe - start):]
+        start = max(start, min(safe, end))
+        missed, self.position = start - self.position, start + len(data)
+        return data, missed
+
+    def grown(self) -> bool:
+        return self._header()[1] > self.position
+
+    def _header(self) -> Tuple[int, int]:
+        words = os.pread(self._fd, self.HEADER, 0).split()
+        return (int(words[0]), int(words[1])) if len(words) == 2 else (0, 0)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def open_live_output(path: str) -> Optional[LiveOutput]:
+    try:
+        return LiveOutput(os.open(path, os.O_RDONLY))
+    except OSError:
+        return None
+
+
+class Execution:
+    """One run of one command, from its spawn to its Result, in steps between which somebody
+    else sleeps: step() whenever `child.fd` can be read, a child has ended, or the time is
+    deadline(). Times are of time.monotonic()."""
+
+    def __init__(self, claim: Claim, command: str, env: Mapping[str, str], lock: RunLock,
+                 live_path: str, kill_grace: float) -> None:
+        self.claim = claim
+        self.child: Optional[Child] = None
+        self.reading = False  # whether child.fd is open and not at its end
+        self._grace = kill_grace
+        self._live_path = live_path
+        self._live: Optional[LiveOutput] = None
+        self._output = Output(claim.output_limit)
+        self._outcome: Optional[str] = None  # why it is being ended, if it is
+        self._exit: Optional[Tuple[Optional[int], Optional[int]]] = None
+        self._kill_at: Optional[float] = None
+        self._look_at = math.inf
+        self._started = time.monotonic()
+        self._timeout_at = self._started + claim.timeout if claim.timeout else math.inf
+        try:
+            self.child = Child(command, claim.cwd, env, lock)
+            self.reading = True
+            lock.record(claim.run, self.child.pid)
+        except (OSError, ValueError) as error:
+            self._error = self._cannot_start(error)
+
+    def _cannot_start(self, error: Exception) -> str:
+        if isinstance(error, OSError) and self.claim.cwd and error.filename == self.claim.cwd:
+            return "cannot enter its folder %s: %s; make it, or enqueue with another --cwd" \
+                % (self.claim.cwd, error.strerror)
+        return "cannot start: %s" % error
+
+    def deadline(self) -> float:
+        """When step() has to be called, whatever happens until then."""
+        live = self._started + LIVE_DELAY if self._output.total and not self._live else math.inf
+        return min(self._timeout_at, self._look_at, live,
+                   math.inf if self._kill_at is None else self._kill_at)
+
+    def end(self, outcome: str) -> None:
+        """End the command, unless that has begun: SIGTERM, after the grace SIGKILL."""
+        if self._outcome is None and self._exit is None and self.child is not None:
+            self._outcome = outcome
+            self._timeout_at = math.inf
+            self._kill_at = time.monotonic() + self._grace
+            self.child.terminate(force=False)
+
+    def step(self) -> Optional[Result]:
+        """Do what can be done without waiting; the Result once the run is over."""
+        child, now = self.child, time.monotonic()
+        if child is None:
+            return self._result("failed", self._error, None, None)
+        self._read(child, now)
+        if self._exit is None:
+            succeeded = child.poll()
+            if succeeded is None:
+                self._hurry(child, now)
+                return None
+            self._read(child, now)  # what it wrote before it ended
+            if self._outcome is None and not succeeded:
+                child.terminate(force=False)  # what is left of its group; the leader is a zombie
+                self._outcome = "failed"
+                self._kill_at = now + self._grace
+            self._exit = child.reap()
+        if self._outcome is not None and child.tree_alive():
+            self._hurry(child, now)
+            self._look_at = now + 0.02
+            return None
+        exit_code, signum = self._exit
+        outcome = self._outcome or "completed"
+        return self._result(outcome, self._reason(outcome), exit_code, signum)
+
+    def _hurry(self, child: Child, now: float) -> None:
+        if now >= self._timeout_at:
+            self.end("timeout")
+        if self._kill_at is not None and now >= self._kill_at:
+            child.terminate(force=True)
+            self._kill_at = now + 0.1  # again: it may have been forking
+
+    def _read(self, child: Child, now: float) -> None:
+        for _ in range(4 if self.reading else 0):  # then it is others' turn, however much it prints
+            data = child.read()
+            if data is None:
+                break
+            if not data:
+                self.reading = False
+                break
+            self._output.feed(data)
+            if self._live:
+                self._live.write(data)
+            if len(data) < CHUNK:
+                break
+        if self._output.total and self._live is None and now >= self._started + LIVE_DELAY:
+            try:
+                self._live = LiveOutput.create(self._live_path, self._output)
+            except OSError:
+                self._started -= LIVE_DELAY  # a full disk: no file, and no more tries soon
+
+    def _reason(self, outcome: str) -> Optional[str]:
+        assert self._exit is not None
+        if outcome == "failed":
+            return exit_error(*self._exit, self._output.parts()[2] or self._output.parts()[0])
+        return {"timeout": "timed out after %s (--timeout of the job, or the setting job_timeout)"
+                           % format_duration(self.claim.timeout),
+                "cancelled": "cancelled while it ran",
+                "interrupted": "ended by a stop of its worker"}.get(outcome)
+
+    def _result(self, outcome: str, error: Optional[str], exit_code: Optional[int],
+                signum: Optional[int]) -> Result:
+        seconds = time.monotonic() - self._started
+        return Result(run=self.claim.run, seq=self.claim.seq, outcome=outcome, error=error,
+                      exit_code=exit_code, signal=signum, output=self._output.kept(),
+                      finished_at=self.claim.started_at + seconds, seconds=seconds)
+
+    def discard_live(self) -> None:
+        """Remove the live file, once the result that holds the output is stored."""
+        if self._live:
+            self._live.close()
+            remove(self._live_path)
+
+
+# -- workers ------------------------------------------------------------------------------
+#
+# `worker start` is a supervisor and N workers, each a process that claims, runs and settles
+# job after job. What makes this safe without a daemon, a clock or a pid file:
+#
+#   Alive   is who holds the kernel's lock on `<database>-run/NAME.lock`. The kernel drops it
+#           with the process, however that ends.
+#   Rescue  When the lock of a job's worker is free, anybody may take the job back: the
+#           supervisor at once when its child dies, `worker start` first of all, each idle
+#           worker every second. The rescuer ends what is left of the process tree, then
+#           settles the run as `lost`. If two rescue, the fence of settle lets one win.
+#   Orders  come from the supervisor through a pipe, as levels that only rise: RUN, DRAIN
+#           (finish the job, then exit), NOW (end the job, put it back). The pipe's end means
+#           that the supervisor is dead: DRAIN. `worker stop` leaves the same levels in the
+#           table `workers` and rings the bells. Only the supervisor judges signals, because
+#           one Ctrl-C reaches every process of the terminal, and a closed window sends two
+#           SIGHUPs.
+#   Bells   are hints. Whatever a lost one should have told is found within TICK.
+
+TICK = 1.0  # seconds after which a sleeper looks around unasked
+HOUSEKEEPING = 60.0  # seconds between two looks for completed jobs past keep_completed
+SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
+LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
+SETTLED_IN = 2.0  # seconds that a worker must have lived for its death not to count as "keeps"
+FATAL = 3  # exit code of a worker which no replacement can help
+MOST_LEFTOVERS = 200  # pipes of ended jobs that a worker goes on draining
+LOG_LIMIT = 1024 ** 2  # bytes of a log file before it is moved to NAME.1
+
+
+class StartOptions(Record):
+    """What `worker start` was asked for."""
+
+    path: str
+    count: int
+    drain: bool
+    queues: List[str]
+    via: Optional[str]
+    quiet: bool
+    log: Optional[str]
+
+
+class Log:
+    """A line per event, on stderr or in a file of bounded size."""
+
+    def __init__(self, options: StartOptions, who: str) -> None:
+        self._path = options.log
+        self._quiet = options.quiet
+        self._who = who
+        self._fd = 2
+
+    def event(self, text: str) -> None:
+        if not self._quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S" if self._path else "%H:%M:%S")
+        line = "%s %s: %s\n" % (stamp, self._who, printable(text))
+        with contextlib.suppress(OSError):  # a terminal that has been closed
+            if self._path:
+                self._open(self._path)
+            os.write(self._fd, line.encode("utf-8", "replace"))
+
+    def _open(self, path: str) -> None:
+        if self._fd != 2 and same_file(self._fd, path):
+            if os.fstat(self._fd).st_size < LOG_LIMIT:
+                return
+            os.replace(path, path + ".1")
+        if self._fd != 2:
+            os.close(self._fd)
+            self._fd = 2
+        self._fd = create_file(path, os.O_APPEND)
+
+
+def rescue(queue: Queue, note: Callable[[str], None]) -> None:
+    """Take back the jobs of dead workers: end their process trees, then settle them as lost.
+    A job whose tree may be alive, and cannot be proven to be its, stays as it is."""
+    for row in queue.orphans():
+        doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"], row["id"])
+        if doubt:
+            queue.doubt(row["run"], "its worker died, and %s may be running it still" % doubt)
+            continue
+        output = Output(1024 ** 2)
+        live = open_live_output(queue.live_output(row["run"]))
+        if live:
+            output.feed(live.read()[0])
+            live.close()
+        now = time.time()
+        settled, _ = queue.turn(Result(
+            run=row["run"], seq=row["seq"], outcome="lost", exit_code=None, signal=None,
+            error="its worker died while it ran", output=output.kept(), finished_at=now,
+            seconds=max(0.0, now - row["started_at"])), None)
+        if settled:
+            remove(queue.live_output(row["run"]))
+            note("job %s: its worker %s died; the job is %s"
+                 % (row["id"], row["locked_by"], settled.state))
+
+
+class Worker:
+    """One worker process: claims, runs and settles jobs until it is told to stop."""
+
+    def __init__(self, options: StartOptions, supervisor: str, slot: int, orders: Any) -> None:
+        self._options = options
+        self._supervisor = supervisor
+        self._slot = slot
+        self._orders = orders
+        self._name = new_id()
+        self._level = RUN
+        self._log = Log(options, "worker %d" % slot)
+        self._leftovers: Dict[int, Child] = {}  # pipes that outlived their job: drained, too
+        self._next_keeping = 0.0
+        self._kept_until = 0
+        self._complained = False
+
+    def main(self) -> int:
+        """Work until told to stop; the exit code of the process."""
+        default_signals()
+        self._waiter = Waiter()
+        for name in ("SIGINT", "SIGHUP"):  # the supervisor's business
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda signum, frame: None)
+        signal.signal(signal.SIGTERM, lambda signum, frame: self._raise_level(DRAIN))
+        self._waiter.watch(self._orders.fileno())
+        self._env = dict(os.environ)
+        os.chdir(os.sep)
+        try:
+            while True:
+                try:
+                    with Queue(self._options.path, durable=False) as self._queue:
+                        self._enter()
+                        try:
+                            self._work()
+                        finally:
+                            self._leave()
+                    return 0
+                except DatabaseUnavailable as error:
+                    self._log.warn(str(error))
+                    if self._level != RUN:
+                        return FATAL
+                    time.sleep(TICK)
+        except QueueError as error:
+            self._log.warn(str(error))
+            return FATAL
+        except OSError as error:
+            self._log.warn("cannot go on: %s" % error)
+            return FATAL
+
+    def _enter(self) -> None:
+        queue = self._queue
+        self._held = hold(queue.lock_path(self._name))
+        self._bell = Bell(queue.bell_path(self._name))
+        self._waiter.watch(self._bell.fd)
+        self._lock = RunLock(os.path.join(queue.folder, self._name))
+        self._lock.renew()
+        queue.serve(self._options.queues)
+        queue.register(self._name, self._supervisor, self._slot, 0, self._options.queues)
+
+    def _leave(self) -> None:
+        """Forget this worker. What cannot be removed is swept by others once it is dead."""
+        queue = self._queue
+        with contextlib.suppress(QueueError):
+            queue.unregister(self._name)
+        self._waiter.unwatch(self._bell.fd)
+        for path in (queue.bell_path(self._name), queue.lock_path(self._name),
+                     os.path.join(queue.folder, self._lock.name)):
+            remove(path)
+
+    def _raise_level(self, level: int) -> None:
+        self._level = max(self._level, level)
+
+    def _work(self) -> None:
+        result: Optional[Result] = None
+        execution: Optional[Execution] = None
+        awaited = True  # whether this turn follows a sleep
+        while True:
+            claim = self._turn(result)
+            if execution is not None:
+                execution.discard_live()
+            if claim is not None:
+                if awaited:
+                    self._queue.wake(None, 1)  # two rings may have met one bell
+                awaited = False
+                execution, result = self._run(claim)
+                continue
+            execution = result = None
+            if self._level != RUN or (self._options.drain
+                                      and not self._queue.work_left(self._supervisor)):
+                return
+            self._idle()
+            awaited = True
+
+    def _turn(self, result: Optional[Result]) -> Optional[Claim]:
+        """Settle and claim. Where the database cannot be written now, the result is kept and
+        tried again until it can."""
+        while True:
+            try:
+                settled, claim = self._queue.turn(
+                    result, self._name if self._level == RUN else None, self._lock.name)
+            except DatabaseUnavailable as error:
+                if not self._complained:
+                    self._log.warn("%s; trying again every second" % error)
+                    self._complained = True
+                if self._level == NOW:
+                    raise
+                self._queue.check_in_place()
+                self._sleep(time.monotonic() + TICK)
+                continue
+            self._complained = False
+            if result is not None:
+                self._tell(result, settled)
+            return claim
+
+    def _tell(self, result: Result, settled: Optional[Settled]) -> None:
+        took = format_age(result.seconds)
+        if settled is None:
+            self._log.warn("job %s: it was taken back from this worker; the result (%s) does "
+                           "not count" % (self._job, result.outcome))
+        elif settled.state == "completed":
+            self._log.event("job %s completed in %s" % (self._job, took))
+        elif settled.run_after is not None:
+            self._log.event("job %s failed after %s, again in %s: %s" % (
+                self._job, took, format_age(settled.run_after - time.time()), result.error))
+        else:
+            self._log.event("job %s %s after %s: %s" % (
+                self._job, {"pending": "is put back"}.get(settled.state, settled.state), took,
+                result.error))
+
+    def _run(self, claim: Claim) -> Tuple[Execution, Result]:
+        """Run a claimed job to its end."""
+        self._job = claim.id
+        self._log.event("job %s started (attempt %d of %d)" % (
+            claim.id, claim.attempts, max(claim.attempts, claim.max_retries)))
+        env = dict(self._env)
+        if claim.env:
+            env.update(json.loads(claim.env))
+        env.update(QUEUECTL_JOB_ID=claim.id, QUEUECTL_ATTEMPT=str(claim.attempts),
+                   QUEUECTL_MAX_RETRIES=str(claim.max_retries), QUEUECTL_QUEUE=claim.queue,
+                   QUEUECTL_WORKER=str(self._slot), QUEUECTL_DB=self._queue.path)
+        command = claim.command
+        if self._options.via:
+            env["QUEUECTL_COMMAND"] = command
+            command = self._options.via
+        execution = Execution(claim, command, env, self._lock,
+                              self._queue.live_output(claim.run), claim.kill_grace)
+        child = execution.child
+        if child is not None:
+            self._waiter.watch(child.fd)
+        try:
+            result = self._attend(execution)
+        except BaseException:  # the database is gone: nobody could record how this ends
+            execution.end("interrupted")
+            while execution.step() is None:
+                self._waiter.wait(0.05)
+            raise
+        if child is not None:
+            child.close()
+            if execution.reading:  # somebody in the background still writes to it
+                self._leftovers[child.fd] = child
+                if len(self._leftovers) > MOST_LEFTOVERS:
+                    self._close_pipe(self._leftovers.pop(next(iter(self._leftovers))))
+        self._lock.renew()
+        return execution, result
+
+    def _attend(self, execution: Execution) -> Result:
+        look_at = time.monotonic() + TICK
+        watched = execution.reading
+        while True:
+            result = execution.step()
+            if watched and not execution.reading and execution.child is not None:
+                self._close_pipe(execution.child)
+                watched = False
+            if result is not None:
+                return result
+            if self._level == NOW:
+                execution.end("interrupted")
+            rung = self._sleep(min(execution.deadline(), look_at))
+            if rung or time.monotonic() >= look_at:
+                look_at = time.monotonic() + TICK
+                self._look_around()
+                with contextlib.suppress(DatabaseUnavailable):
+                    if self._queue.cancel_requested(execution.claim):
+                        execution.end("cancelled")
+
+    def _idle(self) -> None:
+        """Sleep until a claim is worth trying."""
+        queue = self._queue
+        while self._level == RUN:
+            try:
+                self._keep_house()
+                due = queue.next_due()
+                wait = TICK if due is None else min(TICK, max(0.0, due - time.time()))
+                rung = self._sleep(time.monotonic() + wait)
+                self._look_around()
+                if rung or queue.changed() or (due is not None and due <= time.time()):
+                    return
+                rescue(queue, self._log.warn)
+            except DatabaseUnavailable:
+                self._sleep(time.monotonic() + TICK)
+
+    def _sleep(self, until: float) -> bool:
+        """Sleep in the one place where this process waits, until something happens. Whether
+        the bell rang or an order came."""
+        sync_due = self._queue.sync_due()
+        if sync_due is not None:
+            until = min(until, sync_due)
+        rung = False
+        for fd in self._waiter.wait(until - time.monotonic()):
+            if fd == self._bell.fd:
+                self._bell.clear()
+                rung = True
+            if fd == self._orders.fileno() or fd == -1:
+                rung |= self._hear_orders()
+            if fd in self._leftovers:
+                data = self._leftovers[fd].read()
+                if data is not None and not data:
+                    self._close_pipe(self._leftovers.pop(fd))
+        if sync_due is not None and time.monotonic() >= sync_due:
+            try:
+                self._queue.sync()
+            except DatabaseUnavailable as error:
+                self._log.warn(str(error))
+        return rung
+
+    def _close_pipe(self, child: Child) -> None:
+        if child.fd >= 0:
+            self._waiter.unwatch(child.fd)
+            os.close(child.fd)
+
+    def _hear_orders(self) -> bool:
+        heard = False
+        try:
+            while self._orders.poll():
+                self._raise_level(self._orders.recv_bytes()[0])
+                heard = True
+        except (EOFError, OSError):  # the supervisor is dead
+            self._raise_level(DRAIN)
+            self._waiter.unwatch(self._orders.fileno())
+        return heard
+
+    def _look_around(self) -> None:
+        """See what a bell, or a lost one, should have told. QueueError: the file is gone."""
+        self._queue.check_in_place()
+        with contextlib.suppress(DatabaseUnavailable):
+            self._raise_level(self._queue.ordered(self._name))
+
+    def _keep_house(self) -> None:
+        """Delete completed jobs past their time: a small step now and then, so that it never
+        holds the writer lock for long."""
+        if time.monotonic() < self._next_keeping:
+            return
+        queue, now = self._queue, time.time()
+        keep = queue.settings()["keep_completed"]
+        reached: Optional[int] = None
+        deleted = 0
+        if keep:
+            reached, deleted = queue.prune_some(("completed",), now - keep, self._kept_until)
+            queue.give_back_space(deleted)
+        self._kept_until = reached or 0
+        if reached is None:
+            queue.fold_stats(now)
+        self._next_keeping = time.monotonic() + (HOUSEKEEPING if not deleted else 0.05)
+
+
+def _worker_main(options: StartOptions, supervisor: str, slot: int, orders: Any,
+                 inherited: Sequence[Any]) -> None:
+    """The worker process. `inherited` are the supervisor's ends of the order pipes: as long
+    as a copy is open, the supervisor's death cannot be seen."""
+    for pipe in inherited:
+        pipe.close()
+    sys.exit(Worker(options, supervisor, slot, orders).main())
+
+
+class _Seat:
+    """A slot of the supervisor: its process, the pipe for its orders, and its deaths."""
+
+    def __init__(self) -> None:
+        self.process: Any = None
+        self.orders: Any = None
+        self.started = 0.0
+        self.deaths = 0
+        self.replace_at: Optional[float] = None
+
+
+class Supervisor:
+    """Starts the workers, judges signals, and replaces workers that die. It keeps no
+    database connection: none may cross the forks to come."""
+
+    def __init__(self, options: StartOptions) -> None:
+        import multiprocessing
+        self._options = options
+        self._context: Any = multiprocessing.get_context("fork" if safe_to_fork() else "spawn")
+        self._forks = self._context.get_start_method() == "fork"
+        self._name = new_id()
+        self._log = Log(options, "queuectl")
+        self._level = RUN
+        self._failed = False
+        self._signals: List[Tuple[int, float]] = []
+        self._first_signal: Optional[float] = None
+        self._seats = {slot: _Seat() for slot in range(1, options.count + 1)}
+
+    def run(self) -> int:
+        """Work until stopped; the exit code. QueueError where it cannot start."""
+        default_signals()
+        self._waiter = Waiter()
+        before = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signum = getattr(signal, name)
+                before[signum] = signal.signal(
+                    signum, lambda signum, frame: self._signals.append(
+                        (signum, time.monotonic())))
+        self._enter()
+        try:
+            for slot in self._seats:
+                self._start(slot)
+            while self._seats:
+                self._wait()
+                self._judge_signals()
+                self._reap()
+                self._replace()
+        finally:
+            self._leave()
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+        return 1 if self._failed else 0
+
+    def _enter(self) -> None:
+        with Queue(self._options.path) as queue:
+            self._path = queue.path
+            queue.require_safe()
+            self._identity = queue.identity()
+            self._held = hold(queue.lock_path(self._name))
+            self._bell = Bell(queue.bell_path(self._name))
+            self._files = (queue.lock_path(self._name), queue.bell_path(self._name))
+            rescue(queue, self._log.warn)
+            queue.sweep()
+            queue.register(self._name, self._name, 0, self._options.count, self._options.queues)
+        self._waiter.watch(self._bell.fd)
+        self._log.event("%d worker%s on %s%s; Ctrl-C or `worker stop` ends %s" % (
+            self._options.count, "s" * (self._options.count > 1), self._path,
+            self._options.queues and " (queues: %s)" % ", ".join(self._options.queues) or "",
+            "them" if self._options.count > 1 else "it"))
+
+    def _leave(self) -> None:
+        with contextlib.suppress(QueueError), Queue(self._path) as queue:
+            queue.unregister(self._name)
+        for path in self._files:
+            remove(path)
+
+    def _start(self, slot: int) -> None:
+        seat = self._seats[slot]
+        orders, seat.orders = self._context.Pipe(duplex=False)
+        inherited = [other.orders for other in self._seats.values() if other.orders is not None]
+        seat.process = self._context.Process(
+            target=_worker_main, name="queuectl worker %d" % slot,
+            args=(self._options, self._name, slot, orders, inherited if self._forks else ()))
+        seat.process.start()
+        orders.close()
+        seat.started = time.monotonic()
+        seat.replace_at = None
+
+    def _wait(self) -> None:
+        pauses = [seat.replace_at for seat in self._seats.values() if seat.replace_at is not None]
+        until = min(pauses) - time.monotonic() if pauses else 3600.0
+        ready = self._waiter.wait(min(until, TICK) if pauses else until)
+        if self._bell.fd in ready or -1 in ready or pauses:
+            self._bell.clear()
+            with contextlib.suppress(QueueError), Queue(self._path) as queue:
+                self._order(queue.ordered(self._name))
+
+    def _judge_signals(self) -> None:
+        while self._signals:
+            signum, at = self._signals.pop(0)
+            if self._first_signal is None:
+                self._first_signal = at
+                self._order(DRAIN)
+            elif signum in (signal.SIGINT, signal.SIGTERM) \
+                    and at - self._first_signal >= SECOND_SIGNAL:
+                self._order(NOW)
+
+    def _order(self, level: int) -> None:
+        if level <= self._level:
+            return
+        self._level = level
+        self._log.event("ending the jobs and putting them back" if level == NOW else
+                        "finishing the current jobs; a second signal ends them")
+        self._tell(level)
+        for slot, seat in list(self._seats.items()):
+            if seat.process is None:
+                del self._seats[slot]
+
+    def _tell(self, level: int) -> None:
+        for seat in self._seats.values():
+            if seat.orders is not None:
+                with contextlib.suppress(OSError):
+                    seat.orders.send_bytes(bytes([level]))
+
+    def _reap(self) -> None:
+        for slot, seat in list(self._seats.items()):
+            code = seat.process.exitcode if seat.process is not None else None
+            if code is None:
+                continue
+            seat.process.join()
+            seat.orders.close()
+            seat.process = seat.orders = None
+            if code in (0, FATAL):
+                del self._seats[slot]
+                if code == FATAL:
+                    self._failed = True
+                    self._order(DRAIN)
+                self._tell(self._level)  # with --drain, the others may be done now
+                continue
+            self._log.warn("worker %d died (%s)" % (
+                slot, "exit code %d" % code if code > 0 else exit_error(None, -code, b"")))
+            self._rescue()
+            if self._level != RUN:
+                del self._seats[slot]
+                continue
+            quick = time.monotonic() - seat.started < SETTLED_IN
+            seat.deaths = seat.deaths + 1 if quick else 0
+            pause = min(LONGEST_PAUSE, 0.05 * 2 ** min(seat.deaths, 10)) if seat.deaths else 0.0
+            seat.replace_at = time.monotonic() + pause
+        if os.getpid() == 1 and hasattr(os, "waitid"):
+            self._reap_strangers()
+
+    def _reap_strangers(self) -> None:
+        """As the first process of a container, bury what others have left behind."""
+        ours = {seat.process.pid for seat in self._seats.values() if seat.process is not None}
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                seen = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if seen is None or seen.si_pid in ours:
+                    return
+                os.waitpid(seen.si_pid, 0)
+
+    def _rescue(self) -> None:
+        try:
+            with Queue(self._path) as queue:
+                if queue.identity() != self._identity:
+                    raise QueueError("%s has been replaced; stopping" % self._path)
+                rescue(queue, self._log.warn)
+                queue.sweep()
+        except DatabaseUnavailable as error:  # an idle worker will do it
+            self._log.warn(str(error))
+        except QueueError as error:
+            self._log.warn(str(error))
+            self._failed = True
+            self._order(DRAIN)
+
+    def _replace(self) -> None:
+        for slot, seat in self._seats.items():
+            if seat.replace_at is not None and time.monotonic() >= seat.replace_at:
+                self._start(slot)
+
+
+def stop_workers(queue: Queue, level: int, timeout: Optional[float], own_job: Optional[str]) -> int:
+    """Order all workers to stop, and wait until they are gone; how many there were. A worker
+    that runs `own_job`, from which this is called, is not waited for. TimeoutExpired."""
+    found = queue.order_stop(level)
+    own = {info.supervisor for info in found if own_job is not None and info.job == own_job}
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    left = [info for info in found if info.supervisor not in own]
+    while left:
+        left = [info for info in left if is_held(queue.lock_path(info.name))]
+        if left and time.monotonic() >= until:
+            raise TimeoutExpired("%d workers are still running; `worker stop --now` ends their "
+                                 "jobs" % sum(info.slot > 0 for info in left))
+        time.sleep(0.01)
+    rescue(queue, lambda text: None)
+    return sum(info.slot > 0 for info in found)
+
+
+def follow(queue: Queue, job: Job, number: Optional[int], live: bool) -> Iterator[bytes]:
+    """The output of a job's run: of run `number`, or of its last one. With `live` what a
+    running one prints as it comes; and where no number is given, run after run to the end
+    of the job. QueueError if there is no such run."""
+    runs = queue.runs(job.id)
+    if number is not None and not 1 <= number <= len(runs):
+        raise QueueError("job %s has %d runs" % (job.id, len(runs)))
+    if number is None and not runs and not live:
+        raise QueueError("job %s has not run yet" % job.id)
+    shown = max(0, len(runs) - 1) if number is None else number - 1
+    while True:
+        for run in queue.runs(job.id)[shown:number]:
+            shown += 1
+            yield from _follow_run(queue, run.run, live)
+        if not live or shown == number:
+            return
+        if queue.get(job.id).state in ENDED and len(queue.runs(job.id)) <= shown:
+            return
+        _await_change(queue)
+
+
+def _await_change(queue: Queue, until: float = math.inf) -> None:
+    """Return when anything may have changed, at the latest after TICK."""
+    until = min(until, time.monotonic() + TICK)
+    while not queue.changed() and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def _follow_run(queue: Queue, run: int, live: bool) -> Iterator[bytes]:
+    source: Optional[LiveOutput] = None
+    try:
+        while True:
+            output = queue.output(run)
+            source = source or open_live_output(queue.live_output(run))
+            if source is None and output is not None:
+                yield output
+                return
+            if source is not None:
+                data, missed = source.read()
+                if missed:
+                    yield b"\n[queuectl: %d bytes were missed]\n" % missed
+                if data:
+                    yield data
+            if output is not None or not live:
+                return
+            until = time.monotonic() + TICK
+            while time.monotonic() < until and not queue.changed():
+                time.sleep(0.02)
+                if source is not None and source.grown():
+                    break
+    finally:
+        if source is not None:
+            source.close()
+
+
+def start_detached(options: StartOptions, ensure: bool) -> Tuple[int, str]:
+    """Start workers in the background, and return once they run: (how many, their log).
+    With `ensure`, only those that are missing to make `count` for this choice of queues; two
+    who ensure at once take turns, so that the second sees the workers of the first."""
+    import subprocess
+    with Queue(options.path) as queue:
+        queue.require_safe()
+        log = os.path.join(queue.folder, "worker.log")
+        with exclusive(os.path.join(queue.folder, "ensure")):
+            count = options.count
+            if ensure:
+                served = sorted(set(options.queues)) or None
+                count -= sum(info.count for info in queue.workers(supervisors=True)
+                             if not info.slot and info.queues == served and not info.stop)
+            if count <= 0:
+                return 0, log
+            words = [sys.executable, os.path.abspath(__file__), "--db", queue.path,
+                     "worker", "start", "--count", str(count), "--log", log]
+            words += ["--drain"] * options.drain + ["--quiet"] * options.quiet
+            words += ["--queue=" + name for name in options.queues]
+            words += ["--via=" + options.via] if options.via else []
+            errors = create_file(log, os.O_APPEND)
+            try:
+                process = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+                    cwd=os.sep, start_new_session=True)
+            finally:
+                os.close(errors)
+            while process.poll() is None:
+                workers = queue.workers(supervisors=True)
+                leader = [info.name for info in workers if info.pid == process.pid]
+                if sum(info.slot > 0 and info.supervisor in leader for info in workers) == count:
+                    process.returncode = 0  # ours no longer: no warning that it still runs
+                    return count, log
+                time.sleep(0.01)
+            if options.drain and process.returncode == 0:
+                return count, log
+            raise QueueError("the workers did not start; %s says why" % log)
+
+
+def wait_for(queue: Queue, ids: Sequence[str], timeout: Optional[float], own_job: Optional[str],
+             tell: Callable[[int, int, int], None]) -> bool:
+    """Wait until jobs have ended, or can never run: these, or (none named) all that have not
+    ended now. True if all have completed. `tell` gets (done, failed, left) now and then.
+    TimeoutExpired; QueueError for a job that does not exist."""
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    last, since = queue.last_seq(), time.time()
+    open_jobs = {id: queue.get(id) for id in ids}
+    total = len(open_jobs) or queue.progress(last, since, own_job)[0]
+    failed = 0
+    while True:
+        if ids:
+            for id in list(open_jobs):
+                job = queue.get(id)
+                if job.state in ENDED or queue.stuck(job):
+                    del open_jobs[id]
+                    failed += job.state != "completed"
+            left = len(open_jobs)
+        else:
+            left, stuck, failed = queue.progress(last, since, own_job)
+            left, failed = left - stuck, failed + stuck
+        tell(total - left - failed, failed, left)
+        if not left:
+            return not failed
+        if time.monotonic() >= until:
+            raise TimeoutExpired("%d job%s not ended in time" % (left, " has" if left == 1 else
+                                                                 "s have"))
+        _await_change(queue, until)
+
+
+# -- output -------------------------------------------------------------------------------
+
+COLOURS = {"processing": "36", "completed": "32", "dead": "31", "cancelled": "35",
+           "failed": "33", "scheduled": "34", "blocked": "33"}
+WAITED_LONG = 10.0  # seconds after which `status` warns that nobody serves what waits
+
+
+def say(text: str) -> None:
+    """A note for people: on stderr, so that stdout carries data only."""
+    print("queuectl: " + printable(text), file=sys.stderr)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except ValueError:
+        return False
+
+
+def width() -> int:
+    import shutil
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else 10000
+
+
+def colour(text: str, code: Optional[str]) -> str:
+    if code is None or not is_terminal(sys.stdout) or os.environ.get("NO_COLOR"):
+        return text
+    return "\x1b[%sm%s\x1b[0m" % (code, text)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], coloured: int = -1,
+          most: int = 0) -> Iterator[str]:
+    """Lines of a table that fits the terminal. The last column takes what is left; column
+    `coloured` holds states. Rows beyond the first page are laid out like it: no table keeps
+    more than a page in memory. Any text is made safe for a terminal."""
+    room, page, rows = most or width(), [], iter(rows)
+    for row in rows:
+        page.append([printable(cell) for cell in row])
+        if len(page) == PAGE:
+            break
+    widths = [max([len(head)] + [min(len(row[column]), 40) for row in page])
+              for column, head in enumerate(heads)]
+
+    def line(cells: Sequence[str], painted: bool) -> str:
+        text, used = "", 0
+        for column, cell in enumerate(cells):
+            limit = room - used if column == len(cells) - 1 else \
+                min(widths[column], max(1, room - used))
+            if len(cell) > limit:
+                cell = cell[:max(0, limit - 1)] + "\u2026" if limit > 0 else ""
+            padded = cell if column == len(cells) - 1 else cell.ljust(limit) + "  "
+            if painted and column == coloured:
+                padded = colour(padded, COLOURS.get(cell.strip()))
+            text += padded
+            used += widths[column] + 2
+        return text.rstrip()
+
+    yield line(heads, False)
+    for row in page:
+        yield line(row, True)
+    for row in rows:
+        yield line([printable(cell) for cell in row], True)
+
+
+def ago(text: Optional[str], now: float) -> str:
+    return format_age(now - from_iso(text)) + " ago" if text else ""
+
+
+def job_when(job: Job, now: float, blocker: Optional[Tuple[str, str]]) -> str:
+    """The time that matters in this job's state, relative to now."""
+    if blocker is not None:
+        return "by %s (%s)" % blocker
+    if job.view in ("failed", "scheduled") and job.run_after is not None:
+        return "in " + format_age(job.run_after - now) if job.run_after > now else "due"
+    if job.state == "processing":
+        return "for " + format_age(now - from_iso(job.locked_at or job.updated_at))
+    return ago(job.created_at if job.state == "pending" else job.updated_at, now)
+
+
+def job_tries(job: Job) -> str:
+    return "%d/%d" % (job.attempts, job.max_retries)
+
+
+def job_table(jobs: Iterable[Job], blocker: Callable[[Job], Optional[Tuple[str, str]]],
+              now: float) -> Iterator[str]:
+    return table(("ID", "STATE", "TRIES", "QUEUE", "WHEN", "COMMAND"), (
+        (job.id, job.view, job_tries(job), job.queue,
+         job_when(job, now, blocker(job) if job.view == "blocked" else None), job.command)
+        for job in jobs), coloured=1)
+
+
+def dead_table(jobs: Iterable[Job], now: float) -> Iterator[str]:
+    return table(("ID", "TRIES", "QUEUE", "WHEN", "COMMAND", "ERROR"), (
+        (job.id, job_tries(job), job.queue, ago(job.updated_at, now), job.command,
+         job.last_error or "") for job in jobs))
+
+
+def job_sheet(job: Job, runs: Sequence[Run], blocker: Optional[Tuple[str, str]],
+              now: float) -> Iterator[str]:
+    """All about one job. Of its environment only the names: the values may be secrets."""
+    facts = [
+        ("job", job.id), ("command", job.command),
+        ("state", job.view + (" by %s (%s)" % blocker if blocker else "")),
+        ("attempts", "%d of %d" % (job.attempts, job.max_retries)),
+        ("queue", job.queue + (", priority %d" % job.priority if job.priority else "")),
+        ("timeout", "" if job.timeout is None else format_duration(job.timeout) if job.timeout
+         else "none"),
+        ("folder", job.cwd or ""), ("env", " ".join(sorted(job.env))),
+        ("after", " ".join(job.after)), ("unique", job.unique or ""),
+        ("enqueued", "%s (%s)" % (job.created_at, ago(job.created_at, now))),
+        ("runs at", "%s (%s)" % (job.run_at, job_when(job, now, None))
+         if job.view in ("failed", "scheduled") else ""),
+        ("worker", "%s, since %s" % (job.locked_by, job.locked_at) if job.locked_by else ""),
+        ("error", job.last_error or ""),
+    ]
+    for name, text in facts:
+        if text:
+            text = printable(text)
+            yield "%-9s %s" % (name, colour(text, COLOURS.get(job.view)) if name == "state"
+                               else text)
+    if runs:
+        yield ""
+        for line in table(("RUN", "OUTCOME", "STARTED", "TOOK", "WORKER", "ERROR"), (
+                (str(run.number), run.outcome or "running", ago(run.started_at, now),
+                 format_age((from_iso(run.finished_at) if run.finished_at else now)
+                            - from_iso(run.started_at)), run.worker, run.error or "")
+                for run in runs), coloured=1):
+            yield line
+
+
+class Status(Record):
+    """What `status` shows, gathered at one moment."""
+
+    database: str
+    jobs: Dict[str, int]
+    queues: Dict[str, Dict[str, int]]
+    paused: List[str]
+    workers: List[WorkerInfo]
+    oldest_ready_seconds: Optional[float]
+    minute: Dict[str, float]
+    hour: Dict[str, float]
+
+    def as_dict(self) -> Dict[str, Any]:
+        return dict(self.__dict__, workers=[info.as_dict() for info in self.workers])
+
+
+def rates(stats: Iterable[Tuple[str, str, int, float]]) -> Dict[str, float]:
+    """Runs that ended, how many of them not well, and their mean seconds."""
+    runs = failed = 0
+    seconds = 0.0
+    for _, outcome, count, took in stats:
+        runs += count
+        failed += count if outcome in ("failed", "timeout", "lost") else 0
+        seconds += took
+    return {"runs": runs, "failed": failed,
+            "mean_seconds": round(seconds / runs, 3) if runs else 0.0}
+
+
+def status_warning(status: Status) -> Optional[str]:
+    waiting = status.jobs["pending"]
+    if waiting and not status.workers:
+        return "%d job%s and no worker runs; start one: worker start" % (
+            waiting, " waits" if waiting == 1 else "s wait")
+    if EVERY_QUEUE in status.paused and waiting:
+        return "all queues are paused; to go on: resume"
+    return None
+
+
+def status_sheet(status: Status, now: float, most: int = 0) -> Iterator[str]:
+    jobs = status.jobs
+    yield "database  " + printable(status.database)
+    yield "jobs      " + ", ".join(
+        colour("%d %s" % (jobs[state], state), COLOURS.get(state) if jobs[state] else None)
+        for state in STATES)
+    views = ["%d %s" % (jobs[view], view) for view in VIEWS if jobs[view]]
+    if views:
+        yield "          of the pending: " + ", ".join(views)
+    if status.oldest_ready_seconds is not None:
+        yield "waiting   the oldest ready job for " + format_age(status.oldest_ready_seconds)
+    if status.hour["runs"]:
+        yield "rate      %d runs in the last minute, %d in the last hour, %d of these failed" % (
+            status.minute["runs"], status.hour["runs"], status.hour["failed"])
+        yield "duration  %s on average" % format_age(status.hour["mean_seconds"])
+    if len(status.queues) > 1 or status.paused:
+        yield ""
+        shown = ("pending", "processing", "failed", "scheduled", "blocked", "dead")
+        names = sorted(set(status.queues) | set(status.paused) - {EVERY_QUEUE})
+        for line in table(("QUEUE",) + tuple(word.upper() for word in shown) + ("",), (
+                [name] + [str(status.queues.get(name, {}).get(word, 0)) for word in shown]
+                + ["paused" if name in status.paused or EVERY_QUEUE in status.paused else ""]
+                for name in names), most=most):
+            yield line
+    yield ""
+    if status.workers:
+        for line in table(("WORKER", "SLOT", "PID", "QUEUES", "FOR", "JOB"),
+                          worker_rows(status.workers, now), most=most):
+            yield line
+    else:
+        yield "no worker runs"
+
+
+def worker_rows(workers: Iterable[WorkerInfo], now: float) -> Iterator[Sequence[str]]:
+    for info in workers:
+        since = info.job_started_at if info.job else info.started_at
+        yield (info.name, str(info.slot), str(info.pid),
+               "all" if info.queues is None else ",".join(info.queues),
+               format_age(now - from_iso(since or info.started_at)),
+               (info.job or "idle") + (" (stopping)" if info.stop else ""))
+
+
+def prometheus(rows: Iterable[Tuple[str, str, int]], stats: Sequence[Tuple[str, str, int, float]],
+               workers: Sequence[WorkerInfo], oldest: float) -> Iterator[str]:
+    """The text format 0.0.4 of
+    https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
+    def metric(name: str, kind: str, text: str,
+               samples: Iterable[Tuple[Mapping[str, str], float]]) -> Iterator[str]:
+        yield "# HELP queuectl_%s %s" % (name, text)
+        yield "# TYPE queuectl_%s %s" % (name, kind)
+        for labels, value in samples:
+            words = ['%s="%s"' % (key, word.replace("\\", r"\\").replace('"', r'\"'))
+                     for key, word in labels.items()]
+            yield "queuectl_%s%s %.10g" % (name, "{%s}" % ",".join(words) if words else "", value)
+
+    found: Dict[str, Dict[str, int]] = {}
+    for state, queue, jobs in rows:
+        found.setdefault(queue, {})[state] = jobs
+    states = ("pending",) + VIEWS + STATES[1:]
+    yield from metric("jobs", "gauge", "Jobs by queue and state; pending ones are ready.", (
+        ({"queue": queue, "state": state}, found[queue].get(state, 0))
+        for queue in sorted(found) for state in states))
+    yield from metric("runs_total", "counter", "Runs that have ended, by queue and outcome.", (
+        ({"queue": queue, "outcome": outcome}, runs) for queue, outcome, runs, _ in stats))
+    yield "# HELP queuectl_run_seconds How long runs took, by queue."
+    yield "# TYPE queuectl_run_seconds summary"
+    for queue in sorted({queue for queue, _, _, _ in stats}):
+        mine = [row for row in stats if row[0] == queue]
+        label = queue.replace("\\", r"\\").replace('"', r'\"')
+        yield 'queuectl_run_seconds_sum{queue="%s"} %.10g' % (label, sum(row[3] for row in mine))
+        yield 'queuectl_run_seconds_count{queue="%s"} %d' % (label, sum(row[2] for row in mine))
+    yield from metric("workers", "gauge", "Live workers, by what they do.", (
+        ({"state": "busy"}, sum(info.job is not None for info in workers)),
+        ({"state": "idle"}, sum(info.job is None for info in workers))))
+    yield from metric("oldest_ready_seconds", "gauge",
+                      "For how long the oldest job that could run has been waiting.",
+                      (({}, oldest),))
+
+
+# -- commands -----------------------------------------------------------------------------
+#
+# One function per subcommand, its options declared on it. It prints data on stdout, notes on
+# stderr, and returns the exit code (None: 0).
+
+class Command(Record):
+    name: str
+    run: Callable[[argparse.Namespace], Optional[int]]
+    help: str
+    example: str
+    options: Tuple[Tuple[Tuple[str, ...], Dict[str, Any]], ...]
+
+
+COMMANDS: Dict[str, Command] = {}
+GROUPS = {"worker": "start, stop and list workers", "dlq": "the dead letter queue",
+          "config": "settings"}
+
+if TYPE_CHECKING:
+    Handler = Callable[[argparse.Namespace], Optional[int]]
+
+
+def option(*flags: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+    return flags, details
+
+
+def command(name: str, text: str, example: str,
+            *options: Tuple[Tuple[str, ...], Dict[str, Any]]) -> Callable[[Handler], Handler]:
+    def register(run: Handler) -> Handler:
+        COMMANDS[name] = Command(name=name, run=run, help=text, example=example, options=options)
+        return run
+    return register
+
+
+def checked(parse: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """A parser of values as argparse wants it: what it refuses is a usage error."""
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except QueueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return convert
+
+
+JSON = option("--json", action="store_true", help="print JSON")
+DURATION = checked(parse_duration)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def own_job(queue: Queue) -> Optional[str]:
+    """The id of the job that this command runs in, if it is one of the same queue."""
+    same = os.environ.get("QUEUECTL_DB") == queue.path
+    return os.environ.get("QUEUECTL_JOB_ID") if same else None
+
+
+def read_word(word: str) -> Dict[str, Any]:
+    """One word on the command line: a JSON job, or a shell command line."""
+    text = word.lstrip()
+    if text[:1] == "{":
+        inside = text[1:].lstrip()
+        if inside[:1] in ('"', "}"):
+            return dict(parse_json(text))
+        if not text[1:2].isspace():
+            raise QueueError(
+                "%s is neither JSON nor a command; some shells (PowerShell) take the quotes out "
+                "of JSON: use options instead, as in: enqueue --id job1 \"sleep 2\""
+                % _shown(word))
+    return {"command": word}
+
+
+def parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise QueueError("broken JSON: %s" % error) from None
+
+
+def read_jobs(file: BinaryIO) -> Iterator[Tuple[str, Any]]:
+    """Pairs of a place and a job from JSON Lines or a JSON array, line by line."""
+    array: Optional[str] = None  # what has been read of an array and not yet been taken
+    decoder = json.JSONDecoder()
+    number = 0
+    first = True
+    for number, line in enumerate(file, 1):
+        place = "line %d: " % number
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise QueueError(place + "is not UTF-8 text") from None
+        if array is None and not text.strip():
+            continue
+        if first and text.lstrip()[0] == "[":
+            array, text = "", text.lstrip()[1:]
+            opening = True  # right behind the bracket
+        first = False
+        if array is None:
+            try:
+                yield place, parse_json(text)
+            except QueueError as error:
+                raise QueueError(place + str(error)) from None
+            continue
+        array = (array + text).lstrip()
+        position = 0
+        while array[position:position + 1] not in ("", "]"):
+            begin = position
+            if not opening:
+                if array[position] != ",":
+                    raise QueueError(place + "broken JSON: expected , or ] between jobs")
+                while array[begin + 1:begin + 2].isspace():
+                    begin += 1
+                begin += 1
+            try:
+                job, position = decoder.raw_decode(array, begin)
+            except (ValueError, RecursionError) as error:
+                if len(array) - begin > 4 * 1024 ** 2 or isinstance(error, RecursionError):
+                    raise QueueError("%sbroken JSON: %s" % (place, error)) from None
+                break  # perhaps the rest is on the next line
+            opening = False
+            yield place, job
+            while array[position:position + 1].isspace():
+                position += 1
+        array = array[position:]
+        if array[:1] == "]":
+            if array[1:].strip() or any(rest.strip() for rest in file):
+                raise QueueError(place + "there is something behind the end of the array")
+            return
+    if array is not None:
+        raise QueueError("line %d: broken JSON: the array does not end" % number)
+
+
+def unfinished_jobs(jobs: Iterable[Tuple[str, Any]], defaults: Mapping[str, Any],
+                    skipped: List[str]) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """Jobs with the command line's defaults filled in; those that have ended are skipped."""
+    live = is_terminal(sys.stderr)
+    for number, (place, job) in enumerate(jobs, 1):
+        if live and number % 10000 == 0:
+            print("\rqueuectl: %d jobs read" % number, end="", file=sys.stderr, flush=True)
+        if isinstance(job, dict):
+            if job.get("state") in ENDED:
+                skipped.append(str(job.get("id")))
+                continue
+            merged = dict(defaults, **{name: value for name, value in job.items()
+                                       if value is not None})
+            if "delay" in job and "run_at" not in job:
+                merged.pop("run_at", None)
+            if "run_at" in job and "delay" not in job:
+                merged.pop("delay", None)
+            if isinstance(job.get("env"), dict) and defaults.get("env"):
+                merged["env"] = dict(defaults["env"], **job["env"])
+            job = merged
+        yield place, job
+    if live and number >= 10000:
+        print("\r\x1b[K", end="", file=sys.stderr)
+
+
+@command(
+    "enqueue", "add a job, or many", """queuectl.py enqueue 'sleep 2 && date'
+  queuectl.py enqueue '{"id": "job1", "command": "sleep 2"}'
+  queuectl.py enqueue --priority 5 --timeout 10m -- rsync -a 'my dir/' host:/x
+  queuectl.py enqueue --file jobs.jsonl""",
+    option("word", nargs="*", metavar="JOB",
+           help="a shell command line or a JSON job, in quotes; after --: a command and its "
+                "arguments, word for word"),
+    option("--file", metavar="FILE", help="a JSON array or JSON Lines of jobs; -: stdin"),
+    option("--id", type=checked(parse_name), help="its id (else a short random one)"),
+    option("--queue", type=checked(parse_name), metavar="NAME", help="its queue (default)"),
+    option("--priority", type=checked(FIELDS["priority"]), metavar="N",
+           help="higher runs sooner (0)"),
+    option("--max-retries", type=checked(FIELDS["max_retries"]), metavar="N",
+           help="attempts in all (the setting max_retries)"),
+    option("--timeout", type=DURATION, metavar="T", help="longest run, 0: no limit (job_timeout)"),
+    option("--delay", type=DURATION, metavar="T", help="run it after this time"),
+    option("--run-at", type=checked(parse_time), metavar="TIME",
+           help="run it at 2026-01-31T08:00, epoch seconds, or +10m"),
+    option("--cwd", type=checked(parse_cwd), metavar="DIR", help="its folder (the current one)"),
+    option("--env", action="append", metavar="NAME[=VALUE]",
+           help="set or copy a variable; repeatable"),
+    option("--after", action="append", type=checked(parse_name), metavar="ID",
+           help="run it only once this job has completed; repeatable"),
+    option("--unique", type=checked(parse_name), metavar="KEY",
+           help="store nothing while a job with this key has not ended"))
+def cmd_enqueue(args: argparse.Namespace) -> None:
+    defaults = {name: getattr(args, name) for name in FIELDS
+                if name != "command" and getattr(args, name) is not None}
+    if "env" in defaults:
+        defaults["env"] = checked_env(defaults["env"])
+    words, exact = args.word, args.exact
+    if (args.file is not None) + bool(words) + bool(exact) != 1:
+        raise UsageError("give one job, or words after --, or --file FILE")
+    if args.file is not None and args.id is not None:
+        raise UsageError("--id names one job; with --file each job has its own")
+    if len(words) > 1 or exact:
+        jobs: Iterable[Tuple[str, Any]] = [("", {"command": quoted(words or exact)})]
+    elif words:
+        jobs = [("", read_word(words[0]))]
+    elif args.file == "-":
+        jobs = read_jobs(sys.stdin.buffer)
+    else:
+        try:
+            jobs = read_jobs(open(args.file, "rb"))
+        except (OSError, ValueError) as error:
+            raise QueueError("cannot read %s: %s" % (
+                args.file, getattr(error, "strerror", None) or error)) from None
+    skipped: List[str] = []
+    with Queue(args.db) as queue:
+        try:
+            ids = queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), say)
+        except OSError as error:
+            raise QueueError("cannot read %s: %s" % (args.file, error.strerror)) from None
+        for id in ids:
+            print(id)
+    if skipped:
+        say("%d job%s skipped, which had ended already: %s" % (
+            len(skipped), " was" if len(skipped) == 1 else "s were", " ".join(skipped[:5])))
+
+
+def checked_env(words: List[str]) -> Dict[str, str]:
+    try:
+        return parse_env(words)
+    except QueueError as error:
+        raise UsageError("argument --env: %s" % error) from None
+
+
+def quoted(words: Sequence[str]) -> str:
+    """Words as a line that the shell splits into just these words."""
+    if sys.platform == "win32":
+        import subprocess
+        return subprocess.list2cmdline(words)
+    import shlex
+    return " ".join(shlex.quote(word) for word in words)
+
+
+@command(
+    "worker start", "run jobs until stopped", """queuectl.py worker start --count 2
+  queuectl.py worker start --drain                        # until nothing is left to do
+  * * * * * queuectl.py worker start --count 2 --ensure   # in a crontab""",
+    option("--count", type=checked(parse_integer(1, 1000)), default=1, metavar="N",
+           help="worker processes (1)"),
+    option("--drain", action="store_true", help="exit once there is nothing left to do"),
+    option("--detach", action="store_true", help="in the background, returning once they run"),
+    option("--ensure", action="store_true",
+           help="in the background, only those that are missing to make N"),
+    option("--queue", action="append", default=[], type=checked(parse_name), metavar="NAME",
+           help="serve this queue only; repeatable"),
+    option("--via", type=checked(parse_text), metavar="COMMAND",
+           help="run every job through COMMAND, which finds it in $QUEUECTL_COMMAND"),
+    option("--quiet", action="store_true", help="no line per job"),
+    option("--log", metavar="FILE", help="log to FILE, of bounded size, instead of stderr"))
+def cmd_worker_start(args: argparse.Namespace) -> int:
+    options = StartOptions(
+        path=os.path.realpath(default_path() if args.db is None else args.db), count=args.count,
+        drain=args.drain, queues=args.queue, via=args.via, quiet=args.quiet,
+        log=args.log and os.path.abspath(args.log))
+    if not (args.detach or args.ensure):
+        return Supervisor(options).run()
+    count, log = start_detached(options, args.ensure)
+    say("%d worker%s started on %s; log: %s" % (count, "s" * (count != 1), options.path, log)
+        if count else "enough workers run on %s; log: %s" % (options.path, log))
+    return 0
+
+
+@command(
+    "worker stop", "stop all workers, once their jobs are done",
+    """queuectl.py worker stop
+  queuectl.py worker stop --now        # ends the jobs and puts them back""",
+    option("--now", action="store_true", help="end the jobs and put them back unharmed"),
+    option("--timeout", type=DURATION, metavar="T", help="give up waiting after this time"))
+def cmd_worker_stop(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue))
+        say("%d worker%s stopped" % (count, "s" * (count != 1)) if count else
+            "no worker runs on %s" % queue.path)
+
+
+@command("worker list", "the workers that are alive", "queuectl.py worker list --json", JSON)
+def cmd_worker_list(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        workers = queue.workers()
+    if args.json:
+        print_json([info.as_dict() for info in workers])
+    elif workers:
+        show_lines(table(("WORKER", "SLOT", "PID", "QUEUES", "FOR", "JOB"),
+                         worker_rows(workers, time.time())))
+    else:
+        say("no worker runs on %s" % queue.path)
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def gather_status(queue: Queue) -> Status:
+    now = time.time()
+    queues: Dict[str, Dict[str, int]] = {}
+    counts = dict.fromkeys(STATES + VIEWS, 0)
+    for state, name, jobs in queue.count_rows():
+        row = queues.setdefault(name, {})
+        for key in ("pending", state) if state in VIEWS else (state,):
+            row[key] = row.get(key, 0) + jobs
+            counts[key] += jobs
+    oldest = queue.oldest_ready()
+    return Status(
+        database=queue.path, jobs=counts, queues=queues, paused=queue.paused(),
+        workers=queue.workers(),
+        oldest_ready_seconds=None if oldest is None else round(max(0.0, now - oldest), 3),
+        minute=rates(queue.stats(now - 60)), hour=rates(queue.stats(now - 3600)))
+
+
+@command(
+    "status", "is it going well?", "queuectl.py status --watch", JSON,
+    option("--watch", action="store_true", help="redraw every second, until Ctrl-C"))
+def cmd_status(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        while args.watch and is_terminal(sys.stdout):
+            import shutil
+            size = shutil.get_terminal_size()
+            status = gather_status(queue)
+            lines = list(status_sheet(status, time.time(), size.columns))
+            warning = status_warning(status)
+            lines = (lines + ["", "! " + warning] if warning else lines)[:size.lines - 1]
+            sys.stdout.write("\x1b[H" + "".join(
+                (line if "\x1b" in line else line[:size.columns]) + "\x1b[K\n" for line in lines)
+                + "\x1b[J")
+            sys.stdout.flush()
+            time.sleep(1)
+        status = gather_status(queue)
+    if args.json:
+        print_json(status.as_dict())
+        return
+    show_lines(status_sheet(status, time.time()))
+    warning = status_warning(status)
+    if warning:
+        say(warning)
+
+
+@command(
+    "list", "jobs, the oldest first", "queuectl.py list --state failed --limit 20",
+    option("--state", choices=STATES + VIEWS, help="one of: " + ", ".join(STATES + VIEWS),
+           metavar="STATE"),
+    option("--queue", type=checked(parse_name), metavar="NAME", help="of this queue only"),
+    option("--limit", type=checked(parse_integer(0, 2 ** 31)), metavar="N", help="at most N"), JSON)
+def cmd_list(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        jobs = queue.jobs(args.state, args.queue, args.limit)
+        if args.json:
+            print_job_array(jobs)
+        else:
+            show_lines(job_table(jobs, queue.blocker, time.time()))
+
+
+def print_job_array(jobs: Iterable[Job]) -> None:
+    """A JSON array, a job a line: it streams, and `enqueue --file` reads it."""
+    between = "[\n"
+    for job in jobs:
+        print(between + json.dumps(job.as_dict()), end="")
+        between = ",\n"
+    print("[]" if between == "[\n" else "\n]")
+
+
+@command("show", "one job with all its runs", "queuectl.py show job1 --json",
+         option("id", metavar="ID"), JSON)
+def cmd_show(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        job, runs = queue.get(args.id), queue.runs(args.id)
+        blocker = queue.blocker(job) if job.view == "blocked" else None
+    if args.json:
+        print_json(dict(job.as_dict(), runs=[run.as_dict() for run in runs]))
+    else:
+        show_lines(job_sheet(job, runs, blocker, time.time()))
+
+
+@command(
+    "logs", "what a job printed", "queuectl.py logs -f job1", option("id", metavar="ID"),
+    option("-f", "--follow", action="store_true", help="follow a running or waiting job to its end"),
+    option("--run", type=checked(parse_integer(1, 2 ** 31)), metavar="N",
+           help="its Nth run (the last one)"))
+def cmd_logs(args: argparse.Namespace) -> None:
+    sys.stdout.flush()
+    with Queue(args.db) as queue:
+        for data in follow(queue, queue.get(args.id), args.run, args.follow):
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+
+@command(
+    "wait", "wait until jobs have ended", "queuectl.py wait job1 job2 --timeout 1h",
+    option("id", nargs="*", metavar="ID", help="these (else all that have not ended now)"),
+    option("--timeout", type=DURATION, metavar="T", help="exit 124 after this time"))
+def cmd_wait(args: argparse.Namespace) -> int:
+    live, start = is_terminal(sys.stderr), time.monotonic()
+
+    def tell(done: int, failed: int, left: int) -> None:
+        if live:
+            rate = (done + failed) / max(time.monotonic() - start, 0.001)
+            rest = ", %.1f/s, about %s" % (rate, format_age(left / rate)) if rate and left else ""
+            print("\r\x1b[K%d done, %d failed, %d left%s" % (done, failed, left, rest),
+                  end="" if left else "\n", file=sys.stderr, flush=True)
+
+    with Queue(args.db) as queue:
+        return 0 if wait_for(queue, args.id, args.timeout, own_job(queue), tell) else 1
+
+
+@command("cancel", "keep a pending job from running; end a running one",
+         "queuectl.py cancel job1 job2", option("id", nargs="+", metavar="ID"))
+def cmd_cancel(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        jobs = queue.cancel(args.id)
+        if any(job.state == "processing" for job in jobs):
+            rescue(queue, lambda text: None)  # its worker may be dead
+        for job in jobs:
+            if queue.get(job.id).state == "processing":
+                say("job %s is being ended" % job.id)
+
+
+@command("dlq list", "dead jobs and why they died", "queuectl.py dlq list", JSON)
+def cmd_dlq_list(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        jobs = queue.jobs("dead")
+        if args.json:
+            print_job_array(jobs)
+        else:
+            show_lines(dead_table(jobs, time.time()))
+
+
+@command(
+    "dlq retry", "make dead or cancelled jobs pending again, attempts at 0",
+    "queuectl.py dlq retry job1", option("id", nargs="*", metavar="ID"),
+    option("--all", action="store_true", help="every dead job"))
+def cmd_dlq_retry(args: argparse.Namespace) -> None:
+    if bool(args.id) == args.all:
+        raise UsageError("name the jobs to retry, or --all")
+    with Queue(args.db) as queue:
+        if args.all:
+            say("%d jobs are pending again" % queue.retry_all())
+        else:
+            queue.retry(args.id)
+
+
+@command("dlq purge", "delete dead jobs", "queuectl.py dlq purge --older-than 30d",
+         option("--older-than", type=DURATION, default=0.0, metavar="T",
+                help="only those that died longer ago"))
+def cmd_dlq_purge(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        say("%d dead jobs deleted" % queue.prune(("dead",), args.older_than))
+
+
+@command("config list", "every setting", "queuectl.py config list")
+def cmd_config_list(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        values = queue.settings()
+    show_lines(table(("SETTING", "VALUE", "MEANING"), (
+        (name, found.format(values[name]), found.help) for name, found in SETTINGS.items())))
+
+
+@command("config get", "one setting", "queuectl.py config get max_retries",
+         option("key", metavar="KEY"))
+def cmd_config_get(args: argparse.Namespace) -> None:
+    found = setting(args.key)
+    with Queue(args.db) as queue:
+        print(found.format(queue.settings()[found.name]))
+
+
+@command("config set", "change a setting", "queuectl.py config set max-retries 5",
+         option("key", metavar="KEY"), option("value", metavar="VALUE"))
+def cmd_config_set(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        queue.set_setting(args.key, args.value)
+
+
+@command("config unset", "let a setting have its default again",
+         "queuectl.py config unset max_retries", option("key", metavar="KEY"))
+def cmd_config_unset(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        queue.unset_setting(args.key)
+
+
+@command("pause", "hand out no more jobs", "queuectl.py pause mail",
+         option("queue", nargs="?", metavar="QUEUE", help="of this queue (of any)"))
+def cmd_pause(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        queue.pause(args.queue)
+
+
+@command("resume", "hand out jobs again", "queuectl.py resume mail",
+         option("queue", nargs="?", metavar="QUEUE", help="of this queue (of every one)"))
+def cmd_resume(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        queue.resume(args.queue)
+        if args.queue is not None and EVERY_QUEUE in queue.paused():
+            say("all queues are still paused; to go on: resume")
+
+
+@command(
+    "prune", "delete ended jobs that nothing waits for",
+    "queuectl.py prune --older-than 7d --state completed",
+    option("--older-than", type=DURATION, default=0.0, metavar="T",
+           help="only those that ended longer ago"),
+    option("--state", choices=ENDED, help="only these: " + ", ".join(ENDED), metavar="STATE"))
+def cmd_prune(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        say("%d jobs deleted" % queue.prune([args.state] if args.state else ENDED,
+                                            args.older_than))
+
+
+@command("metrics", "numbers for Prometheus", "queuectl.py metrics > queuectl.prom")
+def cmd_metrics(args: argparse.Namespace) -> None:
+    with Queue(args.db) as queue:
+        oldest = queue.oldest_ready()
+        show_lines(prometheus(queue.count_rows(), queue.stats(), queue.workers(),
+                              max(0.0, time.time() - oldest) if oldest else 0.0))
+
+
+BASH_COMPLETION = """\
+_queuectl() {
+    local word name="" place=0 words="" current="${COMP_WORDS[COMP_CWORD]}"
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case "$word" in
+            -*) ;;
+            *) if [ $place -lt 2 ]; then
+                   case " %(groups)s " in *" $name "*) name="$name $word"; place=2 ;;
+                       *) [ -z "$name" ] && name="$word" ;; esac
+               fi ;;
+        esac
+    done
+    case "${COMP_WORDS[COMP_CWORD-1]}" in
+        --state) COMPREPLY=($(compgen -W "%(states)s" -- "$current")); return ;;
+        --db|--file|--log|--cwd) COMPREPLY=($(compgen -f -- "$current")); return ;;
+    esac
+    case "$name" in
+%(cases)s
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}
+complete -o default -F _queuectl queuectl queuectl.py
+"""
+
+
+def completion_words() -> Dict[str, List[str]]:
+    """What can follow each command: "" stands for none yet."""
+    words: Dict[str, List[str]] = {"": ["--db", "--help", "--version"]}
+    for name, found in COMMANDS.items():
+        group, _, rest = name.partition(" ")
+        words[""] += [group] if group not in words[""] else []
+        if rest:
+            words.setdefault(group, []).append(rest)
+        words[name] = [flag for flags, _ in found.options for flag in flags
+                       if flag.startswith("--")] + ["--db", "--help"]
+        words[name] += [choice for flags, details in found.options
+                        for choice in details.get("choices", ()) if flags[0][0] != "-"]
+        if name in ("config get", "config set", "config unset"):
+            words[name] += list(SETTINGS)
+    return words
+
+
+@command(
+    "completion", "a completion script for your shell",
+    """. <(queuectl.py completion bash)                                # in ~/.bashrc
+  queuectl.py completion fish > ~/.config/fish/completions/queuectl.fish""",
+    option("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish"))
+def cmd_completion(args: argparse.Namespace) -> None:
+    words = completion_words()
+    if args.shell == "fish":
+        for name, found in words.items():
+            parts = name.split()
+            seen = " ".join("__fish_seen_subcommand_from %s;" % part if not index else
+                            "and __fish_seen_subcommand_from %s;" % part
+                            for index, part in enumerate(parts))
+            print("complete -c queuectl -c queuectl.py -f -n '%s' -a '%s'" % (
+                seen.rstrip(";") or "__fish_use_subcommand", " ".join(found)))
+        print("complete -c queuectl -c queuectl.py -l state -x -a '%s'" % " ".join(STATES + VIEWS))
+        return
+    if args.shell == "zsh":
+        print("autoload -U +X bashcompinit && bashcompinit")
+    print(BASH_COMPLETION % {
+        "groups": " ".join(GROUPS), "states": " ".join(STATES + VIEWS),
+        "cases": "\n".join('        "%s") words="%s" ;;' % (name, " ".join(found))
+                           for name, found in words.items())}, end="")
+
+
+# -- main ---------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError("%s (see: %s --help)" % (message, self.prog))
+
+
+def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser, from COMMANDS. Options are added to the chosen command only, where one is
+    chosen: building all of them would take longer than all else that a short command does."""
+    def database(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--db", default=argparse.SUPPRESS, metavar="PATH",
+                            help="the database ($QUEUECTL_DB, or one in your state folder)")
+
+    def commands(parser: argparse.ArgumentParser) -> Any:
+        return parser.add_subparsers(metavar="COMMAND", parser_class=Parser, required=True,
+                                     dest="command")
+
+    parser = Parser(prog="queuectl.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="A durable job queue for shell commands, in one file.",
+                    epilog="example:\n  queuectl.py enqueue 'echo hello'\n"
+                           "  queuectl.py worker start --count 2")
+    parser.add_argument("--version", action="version", version="queuectl " + __version__)
+    database(parser)
+    top = commands(parser)
+    groups: Dict[str, Any] = {}
+    for name, found in COMMANDS.items():
+        group, _, rest = name.partition(" ")
+        if chosen and group != chosen[0] or rest and chosen[1:] and rest != chosen[1]:
+            continue
+        if rest and group not in groups:
+            groups[group] = commands(top.add_parser(group, help=GROUPS[group],
+                                                    description=GROUPS[group]))
+        sub = (groups[group] if rest else top).add_parser(
+            rest or name, help=found.help, description=found.help + ".",
+            epilog="example:\n  " + found.example,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+        database(sub)
+        for flags, details in found.options:
+            sub.add_argument(*flags, **details)
+        sub.set_defaults(handler=found.run)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line as a namespace: its command's options, `handler`, `db` and `exact`, the
+    words behind `--`. UsageError; SystemExit for --help and --version."""
+    argv, exact = list(argv), []
+    if "--" in argv:
+        at = argv.index("--")
+        argv, exact = argv[:at], argv[at + 1:]
+    words = [word for before, word in zip([""] + argv, argv)
+             if word[:1] != "-" and before != "--db"]
+    chosen = words[:2] if words[:1] and words[0] in GROUPS else words[:1]
+    if " ".join(chosen) not in COMMANDS:
+        chosen = []
+    args, unknown = build_parser(chosen).parse_known_args(argv)
+    if unknown:
+        hint = "; a command with options of its own goes behind --" \
+            if args.handler is cmd_enqueue else ""
+        raise UsageError("unknown argument %s%s" % (unknown[0], hint))
+    if exact and args.handler is not cmd_enqueue:
+        for key in ("id", "queue", "value", "key"):
+            if isinstance(getattr(args, key, None), list):
+                getattr(args, key).extend(exact)
+                exact = []
+        if exact:
+            raise UsageError("unexpected argument %s" % exact[0])
+    args.exact = exact
+    args.db = getattr(args, "db", None)
+    if args.db == "":
+        raise UsageError("argument --db: the path is empty")
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run one command line (default: sys.argv) and return its exit code. Prints, and never
+    exits, but for a bug, whose traceback it lets through."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        try:
+            args = parse_arguments(sys.argv[1:] if argv is None else argv)
+            code = args.handler(args)
+            sys.stdout.flush()
+            return code or 0
+        except QueueError as error:
+            say(str(error))
+            return error.exit_code
+        except SystemExit as stop:  # argparse has printed its help
+            sys.stdout.flush()
+            return int(stop.code or 0)
+    except BrokenPipeError:  # `list | head`; let the interpreter find nothing left to flush
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
