@@ -99,6 +99,7 @@ DEFAULT_QUEUE = "default"
 MAX_TEXT = 128 * 1024  # bytes; Linux's MAX_ARG_STRLEN, the limit for one argument
 MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z, the last second that ISO 8601 can name
 DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 SIZE_UNITS = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024,
               "m": 1024 ** 2, "mb": 1024 ** 2, "mib": 1024 ** 2}
 
@@ -244,10 +245,24 @@ WORKER_KEYS = tuple(key for key in WorkerInfo.__annotations__ if key not in ("st
 
 def new_id() -> str:
     """Six random characters (30 bits) that are easy to read aloud and to type:
-    Crockford's base 32 (no i, l, o, u), beginning with a letter or a digit."""
-    bits = int.from_bytes(os.urandom(4), "big")
-    return "".join(["0123456789abcdefghjkmnpqrstvwxyz"[bits >> shift & 31]
-                    for shift in (0, 5, 10, 15, 20, 25)])
+    Crockford's base 32 (no i, l, o, u)."""
+    return _base32(int.from_bytes(os.urandom(4), "big"), 6)
+
+
+def new_ids() -> Iterator[str]:
+    """A random id, then ids that count up from random ones: many ids in the order of their
+    index cost less, and hit those of others less often, than as many random ones."""
+    yield new_id()
+    first = int.from_bytes(os.urandom(4), "big")
+    while True:
+        head = _base32(first, 5)
+        for digit in BASE32:
+            yield head + digit
+        first += 1
+
+
+def _base32(number: int, digits: int) -> str:
+    return "".join([BASE32[number >> shift & 31] for shift in range(5 * digits - 5, -1, -5)])
 
 
 def printable(text: str) -> str:
@@ -589,7 +604,8 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 #   RunLock  end_tree               a run's process tree: found and ended by whoever rescues
 #   Child                           one spawned command, its pipe and its process group
 #   Bell  ring  Waiter              sleeping in one place, and waking who sleeps there
-#   default_signals                 what a worker sets up before it runs anything
+#   default_signals  bury_strangers what a worker, and the first process, owes its children
+#   read_at  write_at
 
 FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
 
@@ -697,7 +713,7 @@ if sys.platform == "win32":
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
                 creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
             kernel32.AssignProcessToJobObject(
-                ctypes.c_void_p(self._job), ctypes.c_void_p(int(self._process._handle)))
+                ctypes.c_void_p(self._job), ctypes.c_void_p(int(self._process._handle)))  # type: ignore[attr-defined]
             self.pid = self._process.pid
             self._room = threading.Semaphore(64)  # chunks that may wait to be read
             threading.Thread(target=self._drain, daemon=True).start()
@@ -770,6 +786,17 @@ if sys.platform == "win32":
 
     def default_signals() -> None:
         pass
+
+    def bury_strangers(ours: Set[int]) -> None:
+        pass
+
+    def read_at(fd: int, size: int, offset: int) -> bytes:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, size)
+
+    def write_at(fd: int, data: bytes, offset: int) -> None:
+        os.lseek(fd, offset, os.SEEK_SET)
+        os.write(fd, data)
 
 else:
     import fcntl
@@ -1070,7 +1097,7 @@ else:
     class Child:
         """One spawned command: the leader of a session and process group of its own, with
         one pipe for its output. posix_spawn uses vfork on every Python that we support; it
-        knows no folder, so this process changes to the job's and back."""
+        knows no folder, so this process itself goes to the job's."""
 
         def __init__(self, command: str, cwd: Optional[str], env: Mapping[str, str],
                      lock: RunLock) -> None:
@@ -1080,8 +1107,7 @@ else:
             target = LOCK_FD if lock.fd != LOCK_FD else LOCK_FD + 1  # dup2 to itself keeps CLOEXEC
             try:
                 os.set_blocking(self.fd, False)
-                if cwd:
-                    os.chdir(cwd)
+                os.chdir(cwd or os.sep)
                 self.pid = os.posix_spawn(
                     "/bin/sh", ["/bin/sh", "-c", command], env, setsid=True, setsigmask=(),
                     setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python itself ignores them
@@ -1094,8 +1120,6 @@ else:
                 raise
             finally:
                 os.close(output)
-                if cwd:
-                    os.chdir("/")
 
         def read(self) -> Optional[bytes]:
             """Output that is there now: None if there is none, b"" at its end."""
@@ -1201,6 +1225,17 @@ else:
                 signal.signal(signum, lambda signum, frame: None)
         signal.signal(signal.SIGCHLD, lambda signum, frame: None)
 
+    def bury_strangers(ours: Set[int]) -> None:
+        """As the first process of a container, reap what others have left behind."""
+        with contextlib.suppress(ChildProcessError, AttributeError):
+            while True:
+                seen = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if seen is None or seen.si_pid in ours:
+                    return
+                os.waitpid(seen.si_pid, 0)
+
+    read_at, write_at = os.pread, os.pwrite
+
 
 # -- schema -------------------------------------------------------------------------------
 #
@@ -1243,12 +1278,8 @@ MIGRATIONS = ((
         WHERE state = 'pending' AND hold = 0""",
     """CREATE INDEX jobs_waiting ON jobs (hold, run_after, queue)
         WHERE state = 'pending' AND hold > 0""",
-    """CREATE INDEX jobs_processing ON jobs (locked_by, queue)
-        WHERE state = 'processing'""",
     """CREATE INDEX jobs_ended ON jobs (state, queue)
         WHERE state IN ('completed', 'dead', 'cancelled')""",
-    """CREATE UNIQUE INDEX jobs_unique ON jobs (unique_key)
-        WHERE unique_key IS NOT NULL AND state IN ('pending', 'processing')""",
     """CREATE TABLE runs (
         run INTEGER PRIMARY KEY AUTOINCREMENT,
         job INTEGER NOT NULL,                   -- jobs.seq
@@ -1262,6 +1293,9 @@ MIGRATIONS = ((
         error TEXT,
         output BLOB)""",
     "CREATE INDEX runs_job ON runs (job)",
+    "CREATE INDEX runs_open ON runs (worker, job) WHERE outcome IS NULL",  # = processing jobs
+    # The unique keys of the jobs that have not ended.
+    "CREATE TABLE keys (key TEXT PRIMARY KEY, job INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE deps (job INTEGER, needs INTEGER, PRIMARY KEY (job, needs)) WITHOUT ROWID",
     "CREATE INDEX deps_needs ON deps (needs)",
     """CREATE TABLE workers (
@@ -1289,7 +1323,7 @@ IS_ENDED = "state IN ('completed', 'dead', 'cancelled')"
 MEMBERS = {
     "pending": "SELECT seq FROM jobs WHERE %s UNION ALL SELECT seq FROM jobs WHERE %s"
                % (IS_READY, IS_WAITING),
-    "processing": "SELECT seq FROM jobs WHERE state = 'processing'",
+    "processing": "SELECT job AS seq FROM runs WHERE outcome IS NULL",
     "scheduled": "SELECT seq FROM jobs WHERE %s AND hold = %d" % (IS_WAITING, SCHEDULED),
     "failed": "SELECT seq FROM jobs WHERE %s AND hold = %d" % (IS_WAITING, RETRYING),
     "blocked": "SELECT seq FROM jobs WHERE %s AND hold = %d" % (IS_WAITING, BLOCKED),
@@ -1321,13 +1355,14 @@ INSERT_JOB = """
     INSERT INTO jobs (id, command, queue, priority, max_retries, timeout, hold, run_after,
                       cwd, env, after, unique_key, created_at, updated_at)
     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?13)"""
-ACTIVE_WITH_KEY = """
-    SELECT id FROM jobs WHERE unique_key = :key AND unique_key IS NOT NULL
-        AND state IN ('pending', 'processing')"""
+ACTIVE_WITH_KEY = "SELECT id FROM keys JOIN jobs ON seq = job WHERE key = :key"
+TAKE_KEY = "INSERT INTO keys SELECT unique_key, seq FROM jobs WHERE id = :id"
+FREE_KEY = "DELETE FROM keys WHERE key = :key AND job = :seq"
 COUNT_UNMET = """
     UPDATE jobs SET unmet = :unmet, hold = CASE WHEN :unmet > 0 THEN 3
         WHEN run_after > :now THEN 1 ELSE 0 END
     WHERE seq = :seq"""
+HAS_DEPENDANTS = "SELECT 1 FROM deps WHERE needs = :seq LIMIT 1"
 MEET_DEPENDANTS = """
     UPDATE jobs SET unmet = unmet - 1,
         hold = CASE WHEN unmet > 1 THEN 3 WHEN run_after > :now THEN 1 ELSE 0 END
@@ -1344,6 +1379,9 @@ IS_STUCK = """
               WHERE unmet > 0)
     SELECT 1 FROM needed JOIN jobs USING (seq) WHERE state IN ('dead', 'cancelled') LIMIT 1"""
 
+IS_DUE = """
+    SELECT 1 FROM jobs WHERE state = 'pending' AND hold > 0
+        AND hold IN (1, 2) AND run_after <= :now LIMIT 1"""
 MOVE_DUE = """
     UPDATE jobs SET hold = 0 WHERE seq IN (
         SELECT seq FROM jobs WHERE state = 'pending' AND hold > 0
@@ -1381,7 +1419,7 @@ CLAIM_JOB = """
 START_RUN = """
     INSERT INTO runs (job, worker, lock, started_at) VALUES (:seq, :worker, :lock, :now)"""
 HELD_BY_RUN = """
-    SELECT attempts, max_retries, cancel, queue, last_error FROM jobs
+    SELECT attempts, max_retries, cancel, queue, last_error, unique_key FROM jobs
     WHERE seq = :seq AND run = :run AND state = 'processing'"""  # the fence
 SETTLE_JOB = """
     UPDATE jobs SET state = :state, hold = :hold, attempts = :attempts,
@@ -1406,7 +1444,8 @@ FOLD_STATS = (  # minutes that no rate asks for any more become one row per outc
 )
 SERVED_HERE = "(:every OR queue IN (SELECT queue FROM temp.served))"
 WORK_LEFT = """
-    SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'processing' AND %(served)s AND locked_by IN
+    SELECT EXISTS (SELECT 1 FROM runs JOIN jobs ON seq = job WHERE outcome IS NULL
+                   AND %(served)s AND worker IN
                    (SELECT name FROM workers WHERE supervisor = :supervisor))
         OR NOT EXISTS (SELECT 1 FROM paused WHERE queue = '*')
         AND (EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND hold = 0
@@ -1416,10 +1455,10 @@ WORK_LEFT = """
     """ % {"served": SERVED_HERE}
 IDLE_WORKERS = """
     SELECT name, queues FROM workers WHERE slot > 0
-        AND name NOT IN (SELECT locked_by FROM jobs WHERE state = 'processing')"""
+        AND name NOT IN (SELECT worker FROM runs WHERE outcome IS NULL)"""
 ORPHANS = """
-    SELECT jobs.seq, jobs.id, jobs.run, jobs.locked_by, runs.lock, runs.started_at
-    FROM jobs JOIN runs ON runs.run = jobs.run WHERE state = 'processing'"""
+    SELECT seq, id, runs.run, worker, lock, started_at FROM runs JOIN jobs ON seq = job
+    WHERE outcome IS NULL"""
 
 CANCEL_PENDING = """
     UPDATE jobs SET state = 'cancelled', hold = 0, updated_at = :at
@@ -1446,8 +1485,8 @@ COUNT_JOBS = """
         WHERE state = 'pending' AND hold = 0 GROUP BY queue
     UNION ALL SELECT 'pending', hold, queue, count(*) FROM jobs
         WHERE state = 'pending' AND hold > 0 GROUP BY hold, queue
-    UNION ALL SELECT 'processing', 0, queue, count(*) FROM jobs
-        WHERE state = 'processing' GROUP BY queue
+    UNION ALL SELECT 'processing', 0, queue, count(*) FROM runs JOIN jobs ON seq = job
+        WHERE outcome IS NULL GROUP BY queue
     UNION ALL SELECT state, 0, queue, count(*) FROM jobs
         WHERE state IN ('completed', 'dead', 'cancelled') GROUP BY state, queue"""
 OLDEST_READY = """
@@ -1455,7 +1494,7 @@ OLDEST_READY = """
         (SELECT min(seq) FROM jobs WHERE state = 'pending' AND hold = 0)"""
 SELECT_WORKERS = """
     SELECT workers.*, jobs.id AS job, jobs.locked_at AS job_started_at
-    FROM workers LEFT JOIN jobs ON jobs.locked_by = workers.name AND jobs.state = 'processing'
+    FROM workers LEFT JOIN runs ON worker = name AND outcome IS NULL LEFT JOIN jobs ON seq = job
     ORDER BY workers.started_at, workers.supervisor, workers.slot"""
 
 
@@ -1600,6 +1639,7 @@ class Queue:
         # First the mark, in a rollback journal, so that no other program and no other first
         # use ever sees a WAL database without it.
         if self._value("PRAGMA application_id") != APPLICATION_ID:
+            self._execute("PRAGMA page_size = 2048")  # a commit writes whole pages: 0.8 x as long
             self._execute("PRAGMA auto_vacuum = INCREMENTAL")
             with self._transaction():
                 self._execute("PRAGMA application_id = %d" % APPLICATION_ID)
@@ -1695,7 +1735,7 @@ class Queue:
                 self._wal = os.open(self.path + "-wal", os.O_RDWR)
                 self._marks = create_file(os.path.join(self.folder, "synced"))
             start = time.monotonic()
-            mark = float(os.pread(self._marks, 32, 0) or b"0")
+            mark = float(read_at(self._marks, 32, 0) or b"0")
             if self._committed <= mark <= start:
                 self._unsynced = None
                 return
@@ -1703,7 +1743,7 @@ class Queue:
                 self._unsynced = mark
                 return
             flush(self._wal)
-            os.pwrite(self._marks, b"%031.9f" % start, 0)
+            write_at(self._marks, b"%031.9f" % start, 0)
         except OSError as error:
             raise DatabaseUnavailable("cannot sync %s: %s" % (self.path, error.strerror)) from None
         self._unsynced = None
@@ -1787,18 +1827,12 @@ class Queue:
         The writer lock is not held while `jobs` is consumed, which may take its time. Memory
         stays bounded: what is many goes through a temporary file."""
         now = time.time()
-        spool = _Spool()
-        max_retries = int(self.settings()["max_retries"])
-        try:
-            folder = os.getcwd()
-        except OSError:
-            folder = ""
+        spool, make_row = _Spool(), _job_rows(int(self.settings()["max_retries"]), now)
         for place, fields in jobs:
             try:
-                row = _job_row(job_fields(fields), max_retries, folder, now)
+                spool.add(make_row(job_fields(fields)) + (len(spool), place))
             except QueueError as error:
                 raise QueueError("%s%s" % (place, error)) from None
-            spool.add(row + (len(spool), place))
         stored = _Batch()
         with self._transaction():
             stored.first = (self._value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
@@ -1843,6 +1877,8 @@ class Queue:
                     if row[13]:
                         raise QueueError("%sthe id %s is taken" % (row[15], row[0])) from None
                     row = (new_id(),) + row[1:]
+            if row[11]:
+                self._execute(TAKE_KEY, {"id": row[0]})
             if row is not given:
                 stored.instead[row[14]] = row[0]
             stored.add(row)
@@ -2004,6 +2040,8 @@ class Queue:
             for job in jobs:
                 parameters = {"seq": job.seq, "at": iso(time.time())}
                 self._execute(CANCEL_PENDING, parameters)
+                if job.state == "pending" and job.unique:
+                    self._execute(FREE_KEY, {"key": job.unique, "seq": job.seq})
                 self._execute(CANCEL_RUNNING, parameters)
         for job in jobs:
             if job.locked_by:
@@ -2034,13 +2072,14 @@ class Queue:
     def _retry(self, seqs: Iterable[int]) -> None:
         now = iso(time.time())
         for seq in seqs:
-            try:
-                self._execute(RETRY_JOB, {"seq": seq, "at": now})
-            except sqlite3.IntegrityError:
-                row = self._execute("SELECT id, unique_key FROM jobs WHERE seq = ?",
-                                    (seq,)).fetchone()
-                raise QueueError("job %s has the key %s, and so has a job that is pending or "
-                                 "processing" % (row["id"], row["unique_key"])) from None
+            self._execute(RETRY_JOB, {"seq": seq, "at": now})
+            row = self._execute("SELECT id, unique_key FROM jobs WHERE seq = ?", (seq,)).fetchone()
+            if row["unique_key"]:
+                active = self._value(ACTIVE_WITH_KEY, {"key": row["unique_key"]})
+                if active:
+                    raise QueueError("job %s cannot be retried while %s has its key %s"
+                                     % (row["id"], active, row["unique_key"]))
+                self._execute(TAKE_KEY, {"id": row["id"]})
 
     def prune(self, states: Sequence[str], older_than: float = 0) -> int:
         """Delete jobs that ended more than `older_than` seconds ago in one of `states` and
@@ -2221,12 +2260,14 @@ class Queue:
         self._execute(SETTLE_JOB, {
             "seq": result.seq, "state": state, "hold": hold, "attempts": attempts,
             "run_after": run_after, "last_error": error, "at": iso(now)})
+        if row["unique_key"] and state in ENDED:
+            self._execute(FREE_KEY, {"key": row["unique_key"], "seq": result.seq})
         self._execute(SETTLE_RUN, result.__dict__)
         self._execute(COUNT_RUN, {
             "minute": now // 60, "queue": row["queue"], "outcome": result.outcome,
             "seconds": result.seconds})
         awakened = 0
-        if state == "completed":
+        if state == "completed" and self._value(HAS_DEPENDANTS, {"seq": result.seq}):
             awakened = self._execute(
                 MEET_DEPENDANTS, {"seq": result.seq, "now": now}).rowcount
         elif state == "pending" and hold == READY:
@@ -2234,7 +2275,8 @@ class Queue:
         return Settled(state=state, run_after=run_after, awakened=awakened)
 
     def _claim(self, worker: str, lock: str, now: float) -> Optional[Claim]:
-        self._execute(MOVE_DUE, {"now": now})
+        if self._value(IS_DUE, {"now": now}):
+            self._execute(MOVE_DUE, {"now": now})
         row = self._execute(
             NEXT_OF_EVERY_QUEUE if self._serves_every else NEXT_OF_SERVED).fetchone()
         if row is None:
@@ -2272,14 +2314,14 @@ class Queue:
     # Rescue.
 
     def orphans(self) -> List[sqlite3.Row]:
-        """The runs whose worker is dead: seq, id, run, locked_by, lock, started_at."""
+        """The runs whose worker is dead: seq, id, run, worker, lock, started_at."""
         alive: Dict[str, bool] = {}
         rows = self._execute(ORPHANS).fetchall()
         for row in rows:
-            name = row["locked_by"]
+            name = row["worker"]
             if name not in alive:
                 alive[name] = is_held(self.lock_path(name))
-        return [row for row in rows if not alive[row["locked_by"]]]
+        return [row for row in rows if not alive[row["worker"]]]
 
     def doubt(self, run: int, text: str) -> None:
         """Note why an orphaned run cannot be settled yet."""
@@ -2290,7 +2332,7 @@ class Queue:
 
     def sweep(self) -> None:
         """Delete what dead workers have left: rows, and files of theirs that no run needs."""
-        running = {row["locked_by"] for row in self._execute(ORPHANS).fetchall()}
+        running = {row["worker"] for row in self._execute(ORPHANS).fetchall()}
         dead = [row["name"] for row in self._execute("SELECT name FROM workers").fetchall()
                 if row["name"] not in running and not is_held(self.lock_path(row["name"]))]
         for name in dead:
@@ -2368,26 +2410,30 @@ class _Spool:
         yield from self._chunks[self.IN_MEMORY:]
 
 
-def _job_row(fields: Dict[str, Any], max_retries: int, folder: str,
-             now: float) -> Tuple[Any, ...]:
-    """The parameters of INSERT_JOB, and whether the caller chose the id."""
-    get = fields.get
-    run_after = get("run_at")
-    if get("delay") is not None:
-        run_after = from_epoch(now + fields["delay"])
-    after = " ".join(get("after", ()))
-    cwd = get("cwd") or folder
-    if not cwd:
-        raise QueueError("the current folder is gone; name one with --cwd")
-    env = get("env")
-    if after:
-        hold = BLOCKED
-    else:
-        hold = SCHEDULED if run_after is not None and run_after > now else READY
-    return (get("id") or new_id(), fields["command"], get("queue", DEFAULT_QUEUE),
-            get("priority", 0), get("max_retries", max_retries), get("timeout"), hold, run_after,
-            cwd, json.dumps(env) if env else None, after or None, get("unique"),
-            iso(now), "id" in fields)
+def _job_rows(max_retries: int, now: float) -> Callable[[Dict[str, Any]], Tuple[Any, ...]]:
+    """A function that makes parsed fields into the parameters of INSERT_JOB, and whether the
+    caller chose the id."""
+    ids, created = new_ids(), iso(now)
+    try:
+        folder = os.getcwd()
+    except OSError:
+        folder = ""
+
+    def row(fields: Dict[str, Any]) -> Tuple[Any, ...]:
+        get = fields.get
+        run_after = get("run_at")
+        if "delay" in fields:
+            run_after = from_epoch(now + fields["delay"])
+        cwd, env, after = get("cwd") or folder, get("env"), get("after")
+        if not cwd:
+            raise QueueError("the current folder is gone; name one with --cwd")
+        hold = BLOCKED if after else READY if run_after is None or run_after <= now else SCHEDULED
+        return (get("id") or next(ids), fields["command"], get("queue", DEFAULT_QUEUE),
+                get("priority", 0), get("max_retries", max_retries), get("timeout"), hold,
+                run_after, cwd, json.dumps(env) if env else None,
+                " ".join(after) if after else None, get("unique"), created, "id" in fields)
+
+    return row
 
 
 def _job(row: sqlite3.Row) -> Job:
@@ -2422,6 +2468,7 @@ def remove(path: str) -> None:
 # -- runner -------------------------------------------------------------------------------
 
 LIVE_DELAY = 0.02  # seconds after which a run's output goes to a file that others can follow
+RECORD_DELAY = 0.003  # seconds after which a run's process group is recorded; most are over
 LIVE_RING = 1024 ** 2  # bytes of output that this file holds
 CHUNK = 65536  # bytes read from a job's pipe at once; a pipe holds no more
 
@@ -2484,10 +2531,10 @@ class LiveOutput:
             while data:
                 offset = self.position % LIVE_RING
                 part = data[:LIVE_RING - offset]
-                os.pwrite(self._fd, part, self.HEADER + offset)
+                write_at(self._fd, part, self.HEADER + offset)
                 self.position += len(part)
                 data = data[len(part):]
-            os.pwrite(self._fd, b"%015d %015d\n" % (self._first, self.position), 0)
+            write_at(self._fd, b"%015d %015d\n" % (self._first, self.position), 0)
 
     def read(self) -> Tuple[bytes, int]:
         """(bytes since the last read, how many before them were missed)."""
@@ -2496,7 +2543,7 @@ class LiveOutput:
         data = b""
         while start + len(data) < end:
             offset = (start + len(data)) % LIVE_RING
-            part = os.pread(self._fd, min(end - start - len(data), LIVE_RING - offset),
+            part = read_at(self._fd, min(end - start - len(data), LIVE_RING - offset),
                             self.HEADER + offset)
             if not part:
                 break
@@ -2512,7 +2559,7 @@ class LiveOutput:
         return self._header()[1] > self.position
 
     def _header(self) -> Tuple[int, int]:
-        words = os.pread(self._fd, self.HEADER, 0).split()
+        words = read_at(self._fd, self.HEADER, 0).split()
         return (int(words[0]), int(words[1])) if len(words) == 2 else (0, 0)
 
     def close(self) -> None:
@@ -2545,11 +2592,12 @@ class Execution:
         self._kill_at: Optional[float] = None
         self._look_at = math.inf
         self._started = time.monotonic()
+        self._lock = lock
+        self._record_at = self._started + RECORD_DELAY
         self._timeout_at = self._started + claim.timeout if claim.timeout else math.inf
         try:
             self.child = Child(command, claim.cwd, env, lock)
             self.reading = True
-            lock.record(claim.run, self.child.pid)
         except (OSError, ValueError) as error:
             self._error = self._cannot_start(error)
 
@@ -2562,7 +2610,7 @@ class Execution:
     def deadline(self) -> float:
         """When step() has to be called, whatever happens until then."""
         live = self._started + LIVE_DELAY if self._output.total and not self._live else math.inf
-        return min(self._timeout_at, self._look_at, live,
+        return min(self._timeout_at, self._look_at, live, self._record_at,
                    math.inf if self._kill_at is None else self._kill_at)
 
     def end(self, outcome: str) -> None:
@@ -2573,15 +2621,19 @@ class Execution:
             self._kill_at = time.monotonic() + self._grace
             self.child.terminate(force=False)
 
-    def step(self) -> Optional[Result]:
+    def step(self, readable: bool = True) -> Optional[Result]:
         """Do what can be done without waiting; the Result once the run is over."""
         child, now = self.child, time.monotonic()
         if child is None:
             return self._result("failed", self._error, None, None)
-        self._read(child, now)
+        if readable:
+            self._read(child, now)
         if self._exit is None:
             succeeded = child.poll()
             if succeeded is None:
+                if now >= self._record_at:
+                    self._lock.record(self.claim.run, child.pid)
+                    self._record_at = math.inf
                 self._hurry(child, now)
                 return None
             self._read(child, now)  # what it wrote before it ended
@@ -2590,6 +2642,7 @@ class Execution:
                 self._outcome = "failed"
                 self._kill_at = now + self._grace
             self._exit = child.reap()
+            self._record_at = math.inf
         if self._outcome is not None and child.tree_alive():
             self._hurry(child, now)
             self._look_at = now + 0.02
@@ -2741,7 +2794,7 @@ def rescue(queue: Queue, note: Callable[[str], None]) -> None:
         if settled:
             remove(queue.live_output(row["run"]))
             note("job %s: its worker %s died; the job is %s"
-                 % (row["id"], row["locked_by"], settled.state))
+                 % (row["id"], row["worker"], settled.state))
 
 
 class Worker:
@@ -2759,6 +2812,7 @@ class Worker:
         self._next_keeping = 0.0
         self._kept_until = 0
         self._complained = False
+        self._rung = False
 
     def main(self) -> int:
         """Work until told to stop; the exit code of the process."""
@@ -2859,6 +2913,8 @@ class Worker:
             return claim
 
     def _tell(self, result: Result, settled: Optional[Settled]) -> None:
+        if settled is not None and self._options.quiet:
+            return
         took = format_age(result.seconds)
         if settled is None:
             self._log.warn("job %s: it was taken back from this worker; the result (%s) does "
@@ -2876,8 +2932,9 @@ class Worker:
     def _run(self, claim: Claim) -> Tuple[Execution, Result]:
         """Run a claimed job to its end."""
         self._job = claim.id
-        self._log.event("job %s started (attempt %d of %d)" % (
-            claim.id, claim.attempts, max(claim.attempts, claim.max_retries)))
+        if not self._options.quiet:
+            self._log.event("job %s started (attempt %d of %d)" % (
+                claim.id, claim.attempts, max(claim.attempts, claim.max_retries)))
         env = dict(self._env)
         if claim.env:
             env.update(json.loads(claim.env))
@@ -2910,34 +2967,39 @@ class Worker:
         return execution, result
 
     def _attend(self, execution: Execution) -> Result:
-        look_at = time.monotonic() + TICK
+        child, look_at = execution.child, time.monotonic() + TICK
         watched = execution.reading
-        while True:
-            result = execution.step()
-            if watched and not execution.reading and execution.child is not None:
-                self._close_pipe(execution.child)
+        while child is not None:
+            if self._level == NOW:
+                execution.end("interrupted")
+            ready = self._sleep(min(execution.deadline(), look_at))
+            result = execution.step(child.fd in ready)
+            if watched and not execution.reading:
+                self._close_pipe(child)
                 watched = False
             if result is not None:
                 return result
-            if self._level == NOW:
-                execution.end("interrupted")
-            rung = self._sleep(min(execution.deadline(), look_at))
-            if rung or time.monotonic() >= look_at:
+            if self._rung or time.monotonic() >= look_at:
                 look_at = time.monotonic() + TICK
                 self._look_around()
                 with contextlib.suppress(DatabaseUnavailable):
                     if self._queue.cancel_requested(execution.claim):
                         execution.end("cancelled")
+        result = execution.step()
+        assert result is not None  # nothing was spawned
+        return result
 
     def _idle(self) -> None:
         """Sleep until a claim is worth trying."""
         queue = self._queue
+        os.chdir(os.sep)
         while self._level == RUN:
             try:
                 self._keep_house()
                 due = queue.next_due()
                 wait = TICK if due is None else min(TICK, max(0.0, due - time.time()))
-                rung = self._sleep(time.monotonic() + wait)
+                self._sleep(time.monotonic() + wait)
+                rung = self._rung
                 self._look_around()
                 if rung or queue.changed() or (due is not None and due <= time.time()):
                     return
@@ -2945,19 +3007,19 @@ class Worker:
             except DatabaseUnavailable:
                 self._sleep(time.monotonic() + TICK)
 
-    def _sleep(self, until: float) -> bool:
-        """Sleep in the one place where this process waits, until something happens. Whether
-        the bell rang or an order came."""
+    def _sleep(self, until: float) -> List[int]:
+        """Sleep in the one place where this process waits, until something happens. Returns
+        the descriptors that can be read; notes in `_rung` whether a bell or an order came."""
         sync_due = self._queue.sync_due()
         if sync_due is not None:
             until = min(until, sync_due)
-        rung = False
-        for fd in self._waiter.wait(until - time.monotonic()):
+        ready = self._waiter.wait(until - time.monotonic())
+        for fd in ready:
             if fd == self._bell.fd:
                 self._bell.clear()
-                rung = True
+                self._rung = True
             if fd == self._orders.fileno() or fd == -1:
-                rung |= self._hear_orders()
+                self._hear_orders()
             if fd in self._leftovers:
                 data = self._leftovers[fd].read()
                 if data is not None and not data:
@@ -2967,26 +3029,25 @@ class Worker:
                 self._queue.sync()
             except DatabaseUnavailable as error:
                 self._log.warn(str(error))
-        return rung
+        return ready
 
     def _close_pipe(self, child: Child) -> None:
         if child.fd >= 0:
             self._waiter.unwatch(child.fd)
             os.close(child.fd)
 
-    def _hear_orders(self) -> bool:
-        heard = False
+    def _hear_orders(self) -> None:
         try:
             while self._orders.poll():
                 self._raise_level(self._orders.recv_bytes()[0])
-                heard = True
+                self._rung = True
         except (EOFError, OSError):  # the supervisor is dead
             self._raise_level(DRAIN)
             self._waiter.unwatch(self._orders.fileno())
-        return heard
 
     def _look_around(self) -> None:
         """See what a bell, or a lost one, should have told. QueueError: the file is gone."""
+        self._rung = False
         self._queue.check_in_place()
         with contextlib.suppress(DatabaseUnavailable):
             self._raise_level(self._queue.ordered(self._name))
@@ -3168,18 +3229,9 @@ class Supervisor:
             seat.deaths = seat.deaths + 1 if quick else 0
             pause = min(LONGEST_PAUSE, 0.05 * 2 ** min(seat.deaths, 10)) if seat.deaths else 0.0
             seat.replace_at = time.monotonic() + pause
-        if os.getpid() == 1 and hasattr(os, "waitid"):
-            self._reap_strangers()
-
-    def _reap_strangers(self) -> None:
-        """As the first process of a container, bury what others have left behind."""
-        ours = {seat.process.pid for seat in self._seats.values() if seat.process is not None}
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                seen = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if seen is None or seen.si_pid in ours:
-                    return
-                os.waitpid(seen.si_pid, 0)
+        if os.getpid() == 1:
+            bury_strangers({seat.process.pid for seat in self._seats.values()
+                            if seat.process is not None})
 
     def _rescue(self) -> None:
         try:
