@@ -2394,7 +2394,8 @@ class _Spool:
                 import tempfile
                 try:
                     self._file = self._file or tempfile.TemporaryFile()
-                    marshal.dump(self._chunks.pop(), self._file)
+                    data = marshal.dumps(self._chunks.pop())  # load(file) reads byte by byte
+                    self._file.write(len(data).to_bytes(8, "big") + data)
                 except OSError as error:
                     raise QueueError("cannot write a temporary file: %s" % error.strerror) from None
             self._chunks.append([])
@@ -2404,9 +2405,11 @@ class _Spool:
         if self._file is not None:
             import marshal
             self._file.seek(0)
-            with contextlib.suppress(EOFError):
-                while True:
-                    yield marshal.load(self._file)
+            while True:
+                size = int.from_bytes(self._file.read(8), "big")
+                if not size:
+                    break
+                yield marshal.loads(self._file.read(size))
         yield from self._chunks[self.IN_MEMORY:]
 
 
@@ -2586,6 +2589,7 @@ class Execution:
         self._grace = kill_grace
         self._live_path = live_path
         self._live: Optional[LiveOutput] = None
+        self._live_at = time.monotonic() + LIVE_DELAY
         self._output = Output(claim.output_limit)
         self._outcome: Optional[str] = None  # why it is being ended, if it is
         self._exit: Optional[Tuple[Optional[int], Optional[int]]] = None
@@ -2609,7 +2613,7 @@ class Execution:
 
     def deadline(self) -> float:
         """When step() has to be called, whatever happens until then."""
-        live = self._started + LIVE_DELAY if self._output.total and not self._live else math.inf
+        live = self._live_at if self._output.total and not self._live else math.inf
         return min(self._timeout_at, self._look_at, live, self._record_at,
                    math.inf if self._kill_at is None else self._kill_at)
 
@@ -2627,16 +2631,17 @@ class Execution:
         if child is None:
             return self._result("failed", self._error, None, None)
         if readable:
-            self._read(child, now)
+            self._read(child)
         if self._exit is None:
             succeeded = child.poll()
             if succeeded is None:
+                self._go_live(now)
                 if now >= self._record_at:
                     self._lock.record(self.claim.run, child.pid)
                     self._record_at = math.inf
                 self._hurry(child, now)
                 return None
-            self._read(child, now)  # what it wrote before it ended
+            self._read(child)  # what it wrote before it ended
             if self._outcome is None and not succeeded:
                 child.terminate(force=False)  # what is left of its group; the leader is a zombie
                 self._outcome = "failed"
@@ -2658,7 +2663,7 @@ class Execution:
             child.terminate(force=True)
             self._kill_at = now + 0.1  # again: it may have been forking
 
-    def _read(self, child: Child, now: float) -> None:
+    def _read(self, child: Child) -> None:
         for _ in range(4 if self.reading else 0):  # then it is others' turn, however much it prints
             data = child.read()
             if data is None:
@@ -2671,11 +2676,14 @@ class Execution:
                 self._live.write(data)
             if len(data) < CHUNK:
                 break
-        if self._output.total and self._live is None and now >= self._started + LIVE_DELAY:
+
+    def _go_live(self, now: float) -> None:
+        """Let others follow the output of a run that takes its time."""
+        if self._live is None and self._output.total and now >= self._live_at:
             try:
                 self._live = LiveOutput.create(self._live_path, self._output)
-            except OSError:
-                self._started -= LIVE_DELAY  # a full disk: no file, and no more tries soon
+            except OSError:  # a full disk
+                self._live_at = now + 1
 
     def _reason(self, outcome: str) -> Optional[str]:
         assert self._exit is not None
@@ -3785,15 +3793,13 @@ def unfinished_jobs(jobs: Iterable[Tuple[str, Any]], defaults: Mapping[str, Any]
             if job.get("state") in ENDED:
                 skipped.append(str(job.get("id")))
                 continue
-            merged = dict(defaults, **{name: value for name, value in job.items()
-                                       if value is not None})
-            if "delay" in job and "run_at" not in job:
-                merged.pop("run_at", None)
-            if "run_at" in job and "delay" not in job:
-                merged.pop("delay", None)
-            if isinstance(job.get("env"), dict) and defaults.get("env"):
-                merged["env"] = dict(defaults["env"], **job["env"])
-            job = merged
+            if defaults:
+                own = {name: value for name, value in job.items() if value is not None}
+                job = {**defaults, **own}
+                if "delay" in own or "run_at" in own:  # either is the job's own choice
+                    job.update(delay=own.get("delay"), run_at=own.get("run_at"))
+                if isinstance(own.get("env"), dict) and "env" in defaults:
+                    job["env"] = {**defaults["env"], **own["env"]}
         yield place, job
     if live and number >= 10000:
         print("\r\x1b[K", end="", file=sys.stderr)
