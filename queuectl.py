@@ -47,12 +47,23 @@ import sqlite3
 import stat
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import datetime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import (Any, BinaryIO, Callable, Dict, IO, Iterable, Iterator, List, Mapping,
-                        NoReturn, Optional, Sequence, Set, TextIO, Tuple)
+    from typing import (
+        IO,
+        Any,
+        BinaryIO,
+        Callable,
+        Iterable,
+        Iterator,
+        Mapping,
+        NoReturn,
+        Optional,
+        Sequence,
+        TextIO,
+    )
 
 __version__ = "1.0.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "WorkerInfo", "main"]
@@ -96,6 +107,8 @@ READY, SCHEDULED, RETRYING, BLOCKED = range(4)
 RUN, DRAIN, NOW = range(3)
 
 DEFAULT_QUEUE = "default"
+EVERY_QUEUE = "*"  # among the paused ones
+PAGE = 1000  # rows a read transaction may last, so that no reader pins the WAL
 MAX_TEXT = 128 * 1024  # bytes; Linux's MAX_ARG_STRLEN, the limit for one argument
 MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z, the last second that ISO 8601 can name
 DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -126,25 +139,25 @@ class Job(Record):
     priority: int
     attempts: int
     max_retries: int
-    timeout: Optional[float]
-    run_at: Optional[str]
-    cwd: Optional[str]
-    env: Dict[str, str]
-    after: List[str]
-    unique: Optional[str]
+    timeout: float | None
+    run_at: str | None
+    cwd: str | None
+    env: dict[str, str]
+    after: list[str]
+    unique: str | None
     created_at: str
     updated_at: str
-    started_at: Optional[str]
-    finished_at: Optional[str]
-    locked_by: Optional[str]
-    locked_at: Optional[str]
-    exit_code: Optional[int]
-    last_error: Optional[str]
+    started_at: str | None
+    finished_at: str | None
+    locked_by: str | None
+    locked_at: str | None
+    exit_code: int | None
+    last_error: str | None
 
     seq: int
     hold: int
-    run: Optional[int]
-    run_after: Optional[float]
+    run: int | None
+    run_after: float | None
     cancel: int
 
     @property
@@ -154,7 +167,7 @@ class Job(Record):
             return {SCHEDULED: "scheduled", RETRYING: "failed", BLOCKED: "blocked"}[self.hold]
         return self.state
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {key: self.__dict__[key] for key in JOB_KEYS}
 
 
@@ -166,13 +179,13 @@ class Run(Record):
     number: int
     worker: str
     started_at: str
-    finished_at: Optional[str]
-    exit_code: Optional[int]
-    signal: Optional[int]
-    outcome: Optional[str]
-    error: Optional[str]
+    finished_at: str | None
+    exit_code: int | None
+    signal: int | None
+    outcome: str | None
+    error: str | None
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {key: self.__dict__[key] for key in RUN_KEYS}
 
 
@@ -187,13 +200,13 @@ class WorkerInfo(Record):
     slot: int
     count: int
     pid: int
-    queues: Optional[List[str]]
+    queues: list[str] | None
     started_at: str
-    job: Optional[str]
-    job_started_at: Optional[str]
+    job: str | None
+    job_started_at: str | None
     stop: int
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {key: self.__dict__[key] for key in WORKER_KEYS}
 
 
@@ -210,8 +223,8 @@ class Claim(Record):
     kill_grace: float
     output_limit: int
     queue: str
-    cwd: Optional[str]
-    env: Optional[str]
+    cwd: str | None
+    env: str | None
     started_at: float
 
 
@@ -221,9 +234,9 @@ class Result(Record):
     run: int
     seq: int
     outcome: str
-    exit_code: Optional[int]
-    signal: Optional[int]
-    error: Optional[str]
+    exit_code: int | None
+    signal: int | None
+    error: str | None
     output: bytes
     finished_at: float
     seconds: float
@@ -233,7 +246,7 @@ class Settled(Record):
     """What a result made of its job. `run_after` is set when it will run again."""
 
     state: str
-    run_after: Optional[float]
+    run_after: float | None
     awakened: int
 
 
@@ -279,7 +292,7 @@ def backoff(attempts: int, base: float, longest: float) -> float:
         return longest
 
 
-def iso(epoch: Optional[float]) -> Optional[str]:
+def iso(epoch: float | None) -> str | None:
     """Epoch seconds as ISO 8601 in UTC, to the millisecond."""
     if epoch is None:
         return None
@@ -342,7 +355,7 @@ def _number(value: Any) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -371,6 +384,8 @@ def parse_duration(value: Any) -> float:
         number, unit = value[:-1], value[-1]
     try:
         seconds = _number(number) * DURATION_UNITS[unit]
+        if isinstance(value, str) and value[0] == "+":
+            raise QueueError("has a sign")
     except QueueError:
         raise QueueError("%s is not a duration such as 90, 90s, 10m, 2h or 7d"
                          % _shown(value)) from None
@@ -398,9 +413,9 @@ def format_size(size: float) -> str:
     return "%d" % size
 
 
-def parse_time(value: Any, now: Optional[float] = None) -> float:
+def parse_time(value: Any, now: float | None = None) -> float:
     """Epoch seconds from ISO 8601 (no zone: local time), epoch seconds, or `+10m`."""
-    if isinstance(value, str):
+    if isinstance(value, str) and not value.isdecimal():  # 20260131 is a date since Python 3.11
         if value.startswith("+"):
             return from_epoch((time.time() if now is None else now) + parse_duration(value[1:]))
         try:
@@ -447,7 +462,7 @@ def parse_cwd(value: Any) -> str:
     return os.path.abspath(parse_text(value))
 
 
-def parse_env(value: Any) -> Dict[str, str]:
+def parse_env(value: Any) -> dict[str, str]:
     """A dict of strings, or a list of `NAME=VALUE` and `NAME` (copied from os.environ)."""
     if isinstance(value, (list, tuple)):
         pairs = {}
@@ -468,14 +483,14 @@ def parse_env(value: Any) -> Dict[str, str]:
     return value
 
 
-def parse_after(value: Any) -> List[str]:
+def parse_after(value: Any) -> list[str]:
     if not isinstance(value, (list, tuple)):
         value = [value]
     return list(dict.fromkeys(map(parse_name, value)))
 
 
 # The fields of a new job, in the order of the parameters of INSERT_JOB.
-FIELDS: Dict[str, Callable[[Any], Any]] = {
+FIELDS: dict[str, Callable[[Any], Any]] = {
     "id": parse_name,
     "command": parse_text,
     "queue": parse_name,
@@ -492,7 +507,7 @@ FIELDS: Dict[str, Callable[[Any], Any]] = {
 READ_ONLY_FIELDS = frozenset(JOB_KEYS) - frozenset(FIELDS) | {"runs", "run_after"}
 
 
-def job_fields(fields: Mapping[str, Any]) -> Dict[str, Any]:
+def job_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a new job, each parsed; null is the same as absent. QueueError."""
     if not isinstance(fields, dict):
         raise QueueError("a job is a JSON object such as {\"command\": \"sleep 2\"}, not %s"
@@ -554,7 +569,7 @@ def setting(name: str) -> Setting:
     return found
 
 
-def exit_error(exit_code: Optional[int], signum: Optional[int], output: bytes) -> str:
+def exit_error(exit_code: int | None, signum: int | None, output: bytes) -> str:
     """What last_error says of a run that ended by itself and not with 0."""
     if signum is not None:
         try:
@@ -572,7 +587,7 @@ def exit_error(exit_code: Optional[int], signum: Optional[int], output: bytes) -
 
 
 def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now: float,
-               settings: Mapping[str, float]) -> Tuple[str, int, int, Optional[float]]:
+               settings: Mapping[str, float]) -> tuple[str, int, int, float | None]:
     """The life of a job in one place: (state, hold, attempts, run_after) after a run.
 
     An interrupted run was ended for the operator's reasons, so it takes back its attempt.
@@ -618,6 +633,12 @@ def same_file(fd: int, path: str) -> bool:
         return False
 
 
+def remove(path: str) -> None:
+    """Unlink a file that may be gone already."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 if sys.platform == "win32":
     import ctypes
     import subprocess
@@ -626,7 +647,7 @@ if sys.platform == "win32":
     kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
     kernel32.CreateJobObjectW.restype = ctypes.c_void_p
 
-    def default_folder() -> Optional[str]:
+    def default_folder() -> str | None:
         local = os.environ.get("LOCALAPPDATA")
         return os.path.join(local, "queuectl") if local else None
 
@@ -642,7 +663,7 @@ if sys.platform == "win32":
     def flush_folder(path: str) -> None:
         """NTFS journals its folders; they cannot be opened to be flushed."""
 
-    def unsafe_reason(path: str) -> Optional[str]:
+    def unsafe_reason(path: str) -> str | None:
         return None  # access lists of the profile folder are the user's own
 
     # Windows refuses to delete a file that a process holds open, and a process's files are
@@ -686,7 +707,7 @@ if sys.platform == "win32":
         def record(self, run: int, pid: int) -> None:
             pass
 
-    def end_tree(path: str, run: int, job: str) -> Optional[str]:
+    def end_tree(path: str, run: int, job: str) -> str | None:
         return None
 
     class _Limits(ctypes.Structure):
@@ -702,10 +723,10 @@ if sys.platform == "win32":
 
         KILL_ON_JOB_CLOSE = 0x2000
 
-        def __init__(self, command: str, cwd: Optional[str], env: Mapping[str, str],
+        def __init__(self, command: str, cwd: str | None, env: Mapping[str, str],
                      lock: RunLock) -> None:
             self.fd = -1
-            self._chunks: List[bytes] = []
+            self._chunks: list[bytes] = []
             self._job = kernel32.CreateJobObjectW(None, None)
             self._limit(self.KILL_ON_JOB_CLOSE)
             self._process = subprocess.Popen(
@@ -732,17 +753,17 @@ if sys.platform == "win32":
                 if not chunk:
                     return
 
-        def read(self) -> Optional[bytes]:
+        def read(self) -> bytes | None:
             if not self._chunks:
                 return None
             self._room.release()
             return self._chunks.pop(0)
 
-        def poll(self) -> Optional[bool]:
+        def poll(self) -> bool | None:
             code = self._process.poll()
             return None if code is None else code == 0
 
-        def reap(self) -> Tuple[Optional[int], Optional[int]]:
+        def reap(self) -> tuple[int | None, int | None]:
             return self._process.wait(), None
 
         def terminate(self, force: bool) -> None:
@@ -780,14 +801,14 @@ if sys.platform == "win32":
         def unwatch(self, fd: int) -> None:
             pass
 
-        def wait(self, timeout: float) -> List[int]:
+        def wait(self, timeout: float) -> list[int]:
             time.sleep(max(0.0, min(timeout, 0.05)))
             return [-1]
 
     def default_signals() -> None:
         pass
 
-    def bury_strangers(ours: Set[int]) -> None:
+    def bury_strangers(ours: set[int]) -> None:
         pass
 
     def read_at(fd: int, size: int, offset: int) -> bytes:
@@ -804,10 +825,10 @@ else:
 
     LOCK_FD = 100  # where a job's tree inherits its lock; scripts use 3 to 9 themselves
 
-    def default_folder() -> Optional[str]:
+    def default_folder() -> str | None:
         state = os.environ.get("XDG_STATE_HOME", "")
         if not os.path.isabs(state):
-            home = os.path.expanduser("~")
+            home = os.environ.get("HOME", os.path.expanduser("~"))
             if not os.path.isabs(home) or not os.path.isdir(home):
                 return None
             state = os.path.join(home, ".local", "state")
@@ -849,7 +870,7 @@ else:
         finally:
             os.close(fd)
 
-    def unsafe_reason(path: str) -> Optional[str]:
+    def unsafe_reason(path: str) -> str | None:
         """Why workers must not run what this database says, or None: whoever can write it
         runs commands as the worker."""
         status, folder = os.stat(path), os.stat(os.path.dirname(path))
@@ -865,7 +886,7 @@ else:
     # child of a dead worker can make it look alive. Closing any descriptor of the file drops
     # it: a process never asks about its own.
 
-    _held: Dict[str, int] = {}  # path: the process that holds it
+    _held: dict[str, int] = {}  # path: the process that holds it
 
     def hold(path: str) -> int:
         """Create `path` and lock it for as long as this process lives."""
@@ -964,9 +985,9 @@ else:
             with contextlib.suppress(OSError):
                 os.pwrite(self.fd, ("%d %s" % (run, identify(pid))).ljust(200).encode(), 0)
 
-    _here: List[str] = []
+    _here: list[str] = []
 
-    def _this_boot() -> List[str]:
+    def _this_boot() -> list[str]:
         """The boot and the pid namespace in which a process number means something."""
         if not _here:
             try:
@@ -977,7 +998,7 @@ else:
                             or "unknown", "host"]
         return _here
 
-    def _processes() -> Iterator[Tuple[int, int, str, str]]:
+    def _processes() -> Iterator[tuple[int, int, str, str]]:
         """(pid, process group, state, start time) of every process that can be seen."""
         if sys.platform == "linux":
             for name in os.listdir("/proc"):
@@ -991,7 +1012,7 @@ else:
                     pid, group, state, start = line.split(None, 3)
                     yield int(pid), int(group), state[0], "_".join(start.split())
 
-    def _process(pid: int) -> Optional[Tuple[int, int, str, str]]:
+    def _process(pid: int) -> tuple[int, int, str, str] | None:
         if sys.platform == "linux":
             try:
                 fd = os.open("/proc/%d/stat" % pid, os.O_RDONLY)
@@ -1013,7 +1034,7 @@ else:
         found = _process(pid)
         return " ".join([str(pid), found[3] if found else "?"] + _this_boot())
 
-    def _holders(path: str) -> List[int]:
+    def _holders(path: str) -> list[int]:
         """The processes that hold the flock of the file, as far as they can be seen (Linux).
         To have it open is not enough: other rescuers do, for an instant."""
         found = []
@@ -1039,7 +1060,7 @@ else:
         except OSError:
             return False
 
-    def _tree(path: str, run: int, job: str) -> Tuple[List[int], Optional[int], Optional[str]]:
+    def _tree(path: str, run: int, job: str) -> tuple[list[int], int | None, str | None]:
         """(processes, group, doubt) of a dead worker's run. All empty: its tree is gone.
 
         The processes and the group are proven to be the run's. `doubt` names what is alive
@@ -1076,7 +1097,7 @@ else:
             return holders, leader, None
         return holders, None, "process %d of its group" % members[0][0]
 
-    def end_tree(path: str, run: int, job: str) -> Optional[str]:
+    def end_tree(path: str, run: int, job: str) -> str | None:
         """End what is left of a dead worker's run, whose RunLock is at `path`. None
         once it is gone; otherwise who seems to be left, whom nothing proves to be its.
 
@@ -1099,11 +1120,11 @@ else:
         one pipe for its output. posix_spawn uses vfork on every Python that we support; it
         knows no folder, so this process itself goes to the job's."""
 
-        def __init__(self, command: str, cwd: Optional[str], env: Mapping[str, str],
+        def __init__(self, command: str, cwd: str | None, env: Mapping[str, str],
                      lock: RunLock) -> None:
             """OSError where the folder or the shell does not let us in."""
             self.fd, output = os.pipe()
-            self._status: Optional[int] = None
+            self._status: int | None = None
             target = LOCK_FD if lock.fd != LOCK_FD else LOCK_FD + 1  # dup2 to itself keeps CLOEXEC
             try:
                 os.set_blocking(self.fd, False)
@@ -1121,14 +1142,14 @@ else:
             finally:
                 os.close(output)
 
-        def read(self) -> Optional[bytes]:
+        def read(self) -> bytes | None:
             """Output that is there now: None if there is none, b"" at its end."""
             try:
                 return os.read(self.fd, 65536)
             except BlockingIOError:
                 return None
 
-        def poll(self) -> Optional[bool]:
+        def poll(self) -> bool | None:
             """None while the leader runs, then whether it ended with 0. It stays a zombie
             until reap(): that keeps its number, and so its group's, from a stranger."""
             if hasattr(os, "waitid"):
@@ -1139,7 +1160,7 @@ else:
                 self._status = status if pid else None
             return None if self._status is None else self._status == 0
 
-        def reap(self) -> Tuple[Optional[int], Optional[int]]:
+        def reap(self) -> tuple[int | None, int | None]:
             """(exit code, signal) of the ended leader; one of them is None."""
             status = os.waitpid(self.pid, 0)[1] if self._status is None else self._status
             if os.WIFSIGNALED(status):
@@ -1207,7 +1228,7 @@ else:
         def unwatch(self, fd: int) -> None:
             self._poll.unregister(fd)
 
-        def wait(self, timeout: float) -> List[int]:
+        def wait(self, timeout: float) -> list[int]:
             """The descriptors that can be read. `timeout` is in seconds."""
             ready = [fd for fd, _ in self._poll.poll(max(0.0, timeout * 1000))]
             if self._wakeup in ready:
@@ -1225,7 +1246,7 @@ else:
                 signal.signal(signum, lambda signum, frame: None)
         signal.signal(signal.SIGCHLD, lambda signum, frame: None)
 
-    def bury_strangers(ours: Set[int]) -> None:
+    def bury_strangers(ours: set[int]) -> None:
         """As the first process of a container, reap what others have left behind."""
         with contextlib.suppress(ChildProcessError, AttributeError):
             while True:
@@ -1244,10 +1265,8 @@ else:
 
 APPLICATION_ID = 0x71756575  # "queu"; what marks a database file as ours
 WAL_LIMIT = 8 * 1024 ** 2  # bytes of -wal from which on somebody checkpoints it
-PAGE = 1000  # rows a read transaction may last, so that no reader pins the WAL
 DUE_BATCH = 500  # jobs that one transaction moves from later to ready
 PRUNE_BATCH = 200  # jobs that one transaction deletes
-EVERY_QUEUE = "*"  # in `paused`
 
 MIGRATIONS = ((
     """CREATE TABLE jobs (
@@ -1491,7 +1510,7 @@ COUNT_JOBS = """
         WHERE state IN ('completed', 'dead', 'cancelled') GROUP BY state, queue"""
 OLDEST_READY = """
     SELECT created_at, updated_at, run_after FROM jobs WHERE seq =
-        (SELECT min(seq) FROM jobs WHERE state = 'pending' AND hold = 0)"""
+        (SELECT min(+seq) FROM jobs WHERE state = 'pending' AND hold = 0)"""
 SELECT_WORKERS = """
     SELECT workers.*, jobs.id AS job, jobs.locked_at AS job_started_at
     FROM workers LEFT JOIN runs ON worker = name AND outcome IS NULL LEFT JOIN jobs ON seq = job
@@ -1504,7 +1523,7 @@ BUSY_BUDGET = 30.0  # seconds for which a busy database is tried again
 SYNC_DELAY = 0.1  # seconds that a worker's commit may wait for its fsync
 UNAVAILABLE = ("locked", "busy", "full", "disk I/O error")
 
-_connections: Set[int] = set()  # ids of the Queues open in this process; see safe_to_fork()
+_connections: set[int] = set()  # ids of the Queues open in this process; see safe_to_fork()
 
 
 def safe_to_fork() -> bool:
@@ -1538,11 +1557,11 @@ class Queue:
     Every method raises QueueError for what the user can mend, and nothing is changed then.
     Times that come in are epoch seconds."""
 
-    def __init__(self, path: Optional[str] = None, *, durable: bool = True) -> None:
+    def __init__(self, path: str | None = None, *, durable: bool = True) -> None:
         self.path = os.path.realpath(default_path() if path is None else path)
         self.folder = self.path + "-run"
         self._durable = durable
-        self._unsynced: Optional[float] = None  # time of the first commit that is not synced
+        self._unsynced: float | None = None  # time of the first commit that is not synced
         self._committed = 0.0  # time of the last commit
         self._wal = self._marks = -1
         self._commits = 0
@@ -1586,7 +1605,7 @@ class Queue:
     # database would rewrite it, and open() is out of question, since closing a descriptor of
     # a database drops all the POSIX locks that SQLite holds on it in this process.
 
-    def _inspect(self) -> Tuple[int, int]:
+    def _inspect(self) -> tuple[int, int]:
         """Refuse a file that is not ours; (device, inode) of the one that is."""
         try:
             status = os.stat(self.path)
@@ -1607,9 +1626,10 @@ class Queue:
                 # connection that sees the -wal file can complete.
                 look.execute("PRAGMA writable_schema = ON")
                 look.execute("BEGIN")  # one look: others may be creating it right now
-                owner, version, pages, size, tables = (look.execute(query).fetchone()[0] for query in (
-                    "PRAGMA application_id", "PRAGMA user_version", "PRAGMA page_count",
-                    "PRAGMA page_size", "SELECT count(*) FROM sqlite_master"))
+                owner, version, pages, size, tables = (
+                    look.execute(query).fetchone()[0] for query in (
+                        "PRAGMA application_id", "PRAGMA user_version", "PRAGMA page_count",
+                        "PRAGMA page_size", "SELECT count(*) FROM sqlite_master"))
             finally:
                 look.close()
             log = _size(self.path + "-wal")
@@ -1717,7 +1737,7 @@ class Queue:
     # Durability. Clients commit with synchronous=FULL. Workers commit with NORMAL, which
     # syncs nothing, and sync the -wal file themselves, outside of the writer lock.
 
-    def sync_due(self) -> Optional[float]:
+    def sync_due(self) -> float | None:
         """When sync() must be called (time.monotonic), or None."""
         return None if self._unsynced is None else self._unsynced + SYNC_DELAY
 
@@ -1798,11 +1818,11 @@ class Queue:
 
     # Jobs come in.
 
-    def enqueue(self, command: str, *, id: Optional[str] = None, queue: Optional[str] = None,
-                priority: Optional[int] = None, max_retries: Optional[int] = None,
+    def enqueue(self, command: str, *, id: str | None = None, queue: str | None = None,
+                priority: int | None = None, max_retries: int | None = None,
                 timeout: Any = None, delay: Any = None, run_at: Any = None,
-                cwd: Optional[str] = None, env: Optional[Mapping[str, str]] = None,
-                after: Optional[Sequence[str]] = None, unique: Optional[str] = None) -> str:
+                cwd: str | None = None, env: Mapping[str, str] | None = None,
+                after: Sequence[str] | None = None, unique: str | None = None) -> str:
         """Store a job and return its id, once it is on disk.
 
         `command` is a line for the shell. `timeout` and `delay` are seconds or text such as
@@ -1819,7 +1839,7 @@ class Queue:
         return self.enqueue_from(("job %d: " % number, fields)
                                  for number, fields in enumerate(jobs, 1))
 
-    def enqueue_from(self, jobs: Iterable[Tuple[str, Mapping[str, Any]]],
+    def enqueue_from(self, jobs: Iterable[tuple[str, Mapping[str, Any]]],
                      note: Callable[[str], None] = lambda text: None) -> Iterator[str]:
         """As enqueue_many, for pairs of a place ("line 3: "), which errors begin with, and a
         job. `note` gets a line for each job that its unique key kept from being stored.
@@ -1847,7 +1867,7 @@ class Queue:
             self.wake(queue, count)
         return (stored.instead.get(row[14], row[0]) for rows in spool for row in rows)
 
-    def _insert(self, rows: List[Tuple[Any, ...]], stored: _Batch,
+    def _insert(self, rows: list[tuple[Any, ...]], stored: _Batch,
                 note: Callable[[str], None]) -> None:
         """Insert rows, all at once where nothing stands in the way."""
         if not any(row[11] for row in rows):
@@ -1883,12 +1903,12 @@ class Queue:
                 stored.instead[row[14]] = row[0]
             stored.add(row)
 
-    def _link(self, waiting: List[Tuple[str, str]], first: int, now: float) -> None:
+    def _link(self, waiting: list[tuple[str, str]], first: int, now: float) -> None:
         """Make jobs wait for those that they name. A cycle can only be among the new ones
         (seq >= first), and only where one of them names a later one."""
         find = "SELECT seq, state FROM jobs WHERE id = ?"
-        names: Dict[int, str] = {}
-        needs: Dict[int, Set[int]] = {}
+        names: dict[int, str] = {}
+        needs: dict[int, set[int]] = {}
         forward = False
         for id, after in waiting:
             seq = self._value(find, (id,))
@@ -1906,7 +1926,7 @@ class Queue:
             self._execute(COUNT_UNMET, {"seq": seq, "unmet": unmet, "now": now})
         if forward:
             free = [seq for seq in needs if not any(need in needs for need in needs[seq])]
-            users: Dict[int, List[int]] = {}
+            users: dict[int, list[int]] = {}
             for seq, their in needs.items():
                 for need in their & needs.keys():
                     users.setdefault(need, []).append(seq)
@@ -1931,8 +1951,8 @@ class Queue:
             raise QueueError("there is no job %s" % id)
         return _job(row)
 
-    def jobs(self, state: Optional[str] = None, queue: Optional[str] = None,
-             limit: Optional[int] = None) -> Iterator[Job]:
+    def jobs(self, state: str | None = None, queue: str | None = None,
+             limit: int | None = None) -> Iterator[Job]:
         """Jobs in the order in which they came, read page by page: no transaction lasts
         longer than a page. `state` is one of STATES or VIEWS. QueueError."""
         if state is None:
@@ -1954,14 +1974,14 @@ class Queue:
                 return
             last, left = rows[-1]["seq"], left - len(rows)
 
-    def runs(self, id: str) -> List[Run]:
+    def runs(self, id: str) -> list[Run]:
         """Every run of a job, the first one first. QueueError if there is no such job."""
         return [Run(**dict(row, number=number, started_at=iso(row["started_at"]),
                            finished_at=iso(row["finished_at"])))
                 for number, row in enumerate(
                     self._execute(SELECT_RUNS, {"seq": self.get(id).seq}), 1)]
 
-    def output(self, run: int) -> Optional[bytes]:
+    def output(self, run: int) -> bytes | None:
         """What is kept of a run's output; None while it runs (see live_output)."""
         row = self._execute("SELECT outcome, output FROM runs WHERE run = ?", (run,)).fetchone()
         if row is None:
@@ -1972,7 +1992,7 @@ class Queue:
         """The path of the file into which a worker writes the output of its current run."""
         return os.path.join(self.folder, "%d.out" % run)
 
-    def blocker(self, job: Job) -> Optional[Tuple[str, str]]:
+    def blocker(self, job: Job) -> tuple[str, str] | None:
         """(id, state) of a job that this one waits for: a dead or cancelled one first."""
         row = self._execute(BLOCKERS, {"seq": job.seq}).fetchone()
         return (row["id"], row["state"]) if row else None
@@ -1981,13 +2001,13 @@ class Queue:
         """Whether a job can never run as things are: one that it waits for has ended badly."""
         return job.view == "blocked" and bool(self._value(IS_STUCK, {"seq": job.seq}))
 
-    def count_rows(self) -> List[Tuple[str, str, int]]:
+    def count_rows(self) -> list[tuple[str, str, int]]:
         """(state or view, queue, jobs); `pending` here means ready to run."""
         return [(("pending", "scheduled", "failed", "blocked")[row["hold"]]
                  if row["state"] == "pending" else row["state"], row["queue"], row["jobs"])
                 for row in self._execute(COUNT_JOBS).fetchall()]
 
-    def counts(self) -> Dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """How many jobs there are in each of STATES, and (again) in each of VIEWS."""
         counts = dict.fromkeys(STATES + VIEWS, 0)
         for state, _, jobs in self.count_rows():
@@ -1996,12 +2016,12 @@ class Queue:
                 counts["pending"] += jobs
         return counts
 
-    def oldest_ready(self) -> Optional[float]:
+    def oldest_ready(self) -> float | None:
         """Since when (epoch seconds) the oldest job that could run has been waiting."""
         row = self._execute(OLDEST_READY).fetchone()
         return max(from_iso(row["created_at"]), row["run_after"] or 0) if row else None
 
-    def stats(self, since: float = 0) -> List[Tuple[str, str, int, float]]:
+    def stats(self, since: float = 0) -> list[tuple[str, str, int, float]]:
         """(queue, outcome, runs, seconds) of the runs that have ended since, by the minute;
         rates reach back an hour, and 0 means for ever, deleted jobs included."""
         return [tuple(row) for row in self._execute(
@@ -2012,11 +2032,11 @@ class Queue:
         """The number of the newest job."""
         return int(self._value("SELECT max(seq) FROM jobs") or 0)
 
-    def progress(self, last: int, since: float, but: Optional[str]) -> Tuple[int, int, int]:
+    def progress(self, last: int, since: float, but: str | None) -> tuple[int, int, int]:
         """(left, stuck, failed) of the jobs up to seq `last`, without the job `but`: not
         ended; of those, blocked for ever; dead or cancelled `since` then."""
         values = {"last": last, "since": iso(since), "but": but or ""}
-        own = "seq <= :last AND seq NOT IN (SELECT seq FROM jobs WHERE id = :but)"
+        own = "+seq <= :last AND seq NOT IN (SELECT seq FROM jobs WHERE id = :but)"
         counts = [int(self._value("SELECT count(*) FROM (%s) WHERE %s" % (members, own), values))
                   for members in (MEMBERS["pending"], MEMBERS["processing"], MEMBERS["blocked"])]
         left = counts[0] + counts[1]
@@ -2028,7 +2048,7 @@ class Queue:
 
     # Jobs are changed by people.
 
-    def cancel(self, ids: Sequence[str]) -> List[Job]:
+    def cancel(self, ids: Sequence[str]) -> list[Job]:
         """Cancel pending jobs, and ask the workers of running ones to end them. Returns the
         jobs as they are then: `processing` ones will end soon. QueueError for a job that
         does not exist or has ended otherwise: then none is touched."""
@@ -2095,7 +2115,7 @@ class Queue:
         return total
 
     def prune_some(self, states: Sequence[str], before: float,
-                   last: int) -> Tuple[Optional[int], int]:
+                   last: int) -> tuple[int | None, int]:
         """One step of a prune: looks at the PAGE of jobs after seq `last`, deletes at most
         PRUNE_BATCH. Returns the seq that it reached (None: the end) and how many it deleted."""
         words = ", ".join("'%s'" % state for state in ENDED if state in states)
@@ -2120,13 +2140,13 @@ class Queue:
             self._commits += 1
             self.checkpoint()
 
-    def pause(self, queue: Optional[str] = None) -> None:
+    def pause(self, queue: str | None = None) -> None:
         """Hand out no more jobs of a queue, or of any."""
         with self._transaction():
             self._execute("INSERT OR IGNORE INTO paused VALUES (?)",
                           (EVERY_QUEUE if queue is None else parse_name(queue),))
 
-    def resume(self, queue: Optional[str] = None) -> None:
+    def resume(self, queue: str | None = None) -> None:
         """Hand out jobs again: of a queue, or (None) of every queue that was paused."""
         with self._transaction():
             if queue is None:
@@ -2135,13 +2155,13 @@ class Queue:
                 self._execute("DELETE FROM paused WHERE queue = ?", (parse_name(queue),))
         self.wake(queue, 1000)
 
-    def paused(self) -> List[str]:
+    def paused(self) -> list[str]:
         """The names of the paused queues; EVERY_QUEUE stands for all."""
         return [row[0] for row in self._execute("SELECT queue FROM paused ORDER BY queue")]
 
     # Settings.
 
-    def settings(self) -> Dict[str, float]:
+    def settings(self) -> dict[str, float]:
         """The value of every setting."""
         values = {name: found.default for name, found in SETTINGS.items()}
         for key, value in self._execute("SELECT key, value FROM config").fetchall():
@@ -2177,7 +2197,7 @@ class Queue:
         """Wake a worker or a supervisor."""
         ring(self.bell_path(name))
 
-    def wake(self, queue: Optional[str], count: int) -> None:
+    def wake(self, queue: str | None, count: int) -> None:
         """Wake up to `count` idle workers that serve the queue (None: any queue)."""
         if count > 0:
             for row in self._execute(IDLE_WORKERS).fetchall():
@@ -2188,7 +2208,7 @@ class Queue:
                         break
 
     def register(self, name: str, supervisor: str, slot: int, count: int,
-                 queues: Optional[Sequence[str]]) -> None:
+                 queues: Sequence[str] | None) -> None:
         """Make a worker (or, as slot 0, a supervisor) known, whose lock is held already."""
         with self._transaction():
             self._execute(
@@ -2197,7 +2217,7 @@ class Queue:
                 (name, supervisor, slot, count, os.getpid(),
                  json.dumps(sorted(queues)) if queues else None, iso(time.time())))
 
-    def serve(self, queues: Optional[Sequence[str]]) -> None:
+    def serve(self, queues: Sequence[str] | None) -> None:
         """Let turn() claim jobs of these queues only (None: of every queue)."""
         self._serves_every = not queues
         self._execute("CREATE TEMP TABLE served (queue TEXT PRIMARY KEY)")
@@ -2210,13 +2230,13 @@ class Queue:
         with self._transaction():
             self._execute("DELETE FROM workers WHERE name = ?", (name,))
 
-    def workers(self, supervisors: bool = False) -> List[WorkerInfo]:
+    def workers(self, supervisors: bool = False) -> list[WorkerInfo]:
         """The workers that are alive, and with `supervisors` their supervisors too."""
         return [WorkerInfo(**dict(row, queues=json.loads(row["queues"] or "null")))
                 for row in self._execute(SELECT_WORKERS).fetchall()
                 if (supervisors or row["slot"]) and is_held(self.lock_path(row["name"]))]
 
-    def order_stop(self, order: int) -> List[WorkerInfo]:
+    def order_stop(self, order: int) -> list[WorkerInfo]:
         """Order every live worker and supervisor to stop: DRAIN, or NOW. Returns them."""
         with self._transaction():
             self._execute("UPDATE workers SET stop = max(stop, ?)", (order,))
@@ -2231,8 +2251,8 @@ class Queue:
 
     # A worker's turns.
 
-    def turn(self, result: Optional[Result], worker: Optional[str],
-             lock: str = "") -> Tuple[Optional[Settled], Optional[Claim]]:
+    def turn(self, result: Result | None, worker: str | None,
+             lock: str = "") -> tuple[Settled | None, Claim | None]:
         """Settle a run and claim the next job for `worker`, in one transaction: either part
         may be None. `lock` names the RunLock that the next run will hold.
 
@@ -2249,7 +2269,7 @@ class Queue:
             self.wake(None, settled.awakened or 1)
         return settled, claim
 
-    def _settle(self, result: Result, now: float) -> Optional[Settled]:
+    def _settle(self, result: Result, now: float) -> Settled | None:
         row = self._execute(HELD_BY_RUN, {"seq": result.seq, "run": result.run}).fetchone()
         if row is None:
             return None
@@ -2274,7 +2294,7 @@ class Queue:
             awakened = 1
         return Settled(state=state, run_after=run_after, awakened=awakened)
 
-    def _claim(self, worker: str, lock: str, now: float) -> Optional[Claim]:
+    def _claim(self, worker: str, lock: str, now: float) -> Claim | None:
         if self._value(IS_DUE, {"now": now}):
             self._execute(MOVE_DUE, {"now": now})
         row = self._execute(
@@ -2295,9 +2315,9 @@ class Queue:
         return bool(self._value("SELECT cancel FROM jobs WHERE seq = ? AND run = ?",
                                 (claim.seq, claim.run)))
 
-    def next_due(self) -> Optional[float]:
+    def next_due(self) -> float | None:
         """When (epoch seconds) the next job for later is due."""
-        due: Optional[float] = self._value(NEXT_DUE)
+        due: float | None = self._value(NEXT_DUE)
         return due
 
     def work_left(self, supervisor: str) -> bool:
@@ -2313,9 +2333,9 @@ class Queue:
 
     # Rescue.
 
-    def orphans(self) -> List[sqlite3.Row]:
+    def orphans(self) -> list[sqlite3.Row]:
         """The runs whose worker is dead: seq, id, run, worker, lock, started_at."""
-        alive: Dict[str, bool] = {}
+        alive: dict[str, bool] = {}
         rows = self._execute(ORPHANS).fetchall()
         for row in rows:
             name = row["worker"]
@@ -2361,11 +2381,11 @@ class _Batch:
 
     def __init__(self) -> None:
         self.first = 0
-        self.ready: Dict[str, int] = {}  # queue: jobs that can run at once
-        self.instead: Dict[int, str] = {}  # number of a row: the id that counts instead
-        self.waiting: List[Tuple[str, str]] = []  # (id, after)
+        self.ready: dict[str, int] = {}  # queue: jobs that can run at once
+        self.instead: dict[int, str] = {}  # number of a row: the id that counts instead
+        self.waiting: list[tuple[str, str]] = []  # (id, after)
 
-    def add(self, row: Tuple[Any, ...]) -> None:
+    def add(self, row: tuple[Any, ...]) -> None:
         if row[10]:
             self.waiting.append((row[0], row[10]))
         if row[6] == READY:
@@ -2378,14 +2398,14 @@ class _Spool:
     IN_MEMORY = 10
 
     def __init__(self) -> None:
-        self._chunks: List[List[Tuple[Any, ...]]] = [[]]
-        self._file: Optional[IO[bytes]] = None
+        self._chunks: list[list[tuple[Any, ...]]] = [[]]
+        self._file: IO[bytes] | None = None
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def add(self, row: Tuple[Any, ...]) -> None:
+    def add(self, row: tuple[Any, ...]) -> None:
         self._chunks[-1].append(row)
         self._length += 1
         if len(self._chunks[-1]) == PAGE:
@@ -2400,7 +2420,7 @@ class _Spool:
                     raise QueueError("cannot write a temporary file: %s" % error.strerror) from None
             self._chunks.append([])
 
-    def __iter__(self) -> Iterator[List[Tuple[Any, ...]]]:
+    def __iter__(self) -> Iterator[list[tuple[Any, ...]]]:
         yield from self._chunks[:self.IN_MEMORY]
         if self._file is not None:
             import marshal
@@ -2413,7 +2433,7 @@ class _Spool:
         yield from self._chunks[self.IN_MEMORY:]
 
 
-def _job_rows(max_retries: int, now: float) -> Callable[[Dict[str, Any]], Tuple[Any, ...]]:
+def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     """A function that makes parsed fields into the parameters of INSERT_JOB, and whether the
     caller chose the id."""
     ids, created = new_ids(), iso(now)
@@ -2422,7 +2442,7 @@ def _job_rows(max_retries: int, now: float) -> Callable[[Dict[str, Any]], Tuple[
     except OSError:
         folder = ""
 
-    def row(fields: Dict[str, Any]) -> Tuple[Any, ...]:
+    def row(fields: dict[str, Any]) -> tuple[Any, ...]:
         get = fields.get
         run_after = get("run_at")
         if "delay" in fields:
@@ -2462,12 +2482,6 @@ def _size(path: str) -> int:
         return 0
 
 
-def remove(path: str) -> None:
-    """Unlink a file that may be gone already."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
 # -- runner -------------------------------------------------------------------------------
 
 LIVE_DELAY = 0.02  # seconds after which a run's output goes to a file that others can follow
@@ -2497,7 +2511,7 @@ class Output:
         if len(self._tail) > 2 * self._last:
             del self._tail[:len(self._tail) - self._last]
 
-    def parts(self) -> Tuple[bytes, int, bytes]:
+    def parts(self) -> tuple[bytes, int, bytes]:
         """(head, number of bytes missing, tail)."""
         tail = bytes(self._tail[max(0, len(self._tail) - self._last):])
         return bytes(self._head), self.total - len(self._head) - len(tail), tail
@@ -2539,7 +2553,7 @@ class LiveOutput:
                 data = data[len(part):]
             write_at(self._fd, b"%015d %015d\n" % (self._first, self.position), 0)
 
-    def read(self) -> Tuple[bytes, int]:
+    def read(self) -> tuple[bytes, int]:
         """(bytes since the last read, how many before them were missed)."""
         first, end = self._header()
         start = max(self.position, first, end - LIVE_RING)
@@ -2561,7 +2575,7 @@ class LiveOutput:
     def grown(self) -> bool:
         return self._header()[1] > self.position
 
-    def _header(self) -> Tuple[int, int]:
+    def _header(self) -> tuple[int, int]:
         words = read_at(self._fd, self.HEADER, 0).split()
         return (int(words[0]), int(words[1])) if len(words) == 2 else (0, 0)
 
@@ -2569,7 +2583,7 @@ class LiveOutput:
         os.close(self._fd)
 
 
-def open_live_output(path: str) -> Optional[LiveOutput]:
+def open_live_output(path: str) -> LiveOutput | None:
     try:
         return LiveOutput(os.open(path, os.O_RDONLY))
     except OSError:
@@ -2584,16 +2598,16 @@ class Execution:
     def __init__(self, claim: Claim, command: str, env: Mapping[str, str], lock: RunLock,
                  live_path: str, kill_grace: float) -> None:
         self.claim = claim
-        self.child: Optional[Child] = None
+        self.child: Child | None = None
         self.reading = False  # whether child.fd is open and not at its end
         self._grace = kill_grace
         self._live_path = live_path
-        self._live: Optional[LiveOutput] = None
+        self._live: LiveOutput | None = None
         self._live_at = time.monotonic() + LIVE_DELAY
         self._output = Output(claim.output_limit)
-        self._outcome: Optional[str] = None  # why it is being ended, if it is
-        self._exit: Optional[Tuple[Optional[int], Optional[int]]] = None
-        self._kill_at: Optional[float] = None
+        self._outcome: str | None = None  # why it is being ended, if it is
+        self._exit: tuple[int | None, int | None] | None = None
+        self._kill_at: float | None = None
         self._look_at = math.inf
         self._started = time.monotonic()
         self._lock = lock
@@ -2625,7 +2639,7 @@ class Execution:
             self._kill_at = time.monotonic() + self._grace
             self.child.terminate(force=False)
 
-    def step(self, readable: bool = True) -> Optional[Result]:
+    def step(self, readable: bool = True) -> Result | None:
         """Do what can be done without waiting; the Result once the run is over."""
         child, now = self.child, time.monotonic()
         if child is None:
@@ -2685,7 +2699,7 @@ class Execution:
             except OSError:  # a full disk
                 self._live_at = now + 1
 
-    def _reason(self, outcome: str) -> Optional[str]:
+    def _reason(self, outcome: str) -> str | None:
         assert self._exit is not None
         if outcome == "failed":
             return exit_error(*self._exit, self._output.parts()[2] or self._output.parts()[0])
@@ -2694,8 +2708,8 @@ class Execution:
                 "cancelled": "cancelled while it ran",
                 "interrupted": "ended by a stop of its worker"}.get(outcome)
 
-    def _result(self, outcome: str, error: Optional[str], exit_code: Optional[int],
-                signum: Optional[int]) -> Result:
+    def _result(self, outcome: str, error: str | None, exit_code: int | None,
+                signum: int | None) -> Result:
         seconds = time.monotonic() - self._started
         return Result(run=self.claim.run, seq=self.claim.seq, outcome=outcome, error=error,
                       exit_code=exit_code, signal=signum, output=self._output.kept(),
@@ -2743,10 +2757,10 @@ class StartOptions(Record):
     path: str
     count: int
     drain: bool
-    queues: List[str]
-    via: Optional[str]
+    queues: list[str]
+    via: str | None
     quiet: bool
-    log: Optional[str]
+    log: str | None
 
 
 class Log:
@@ -2816,7 +2830,7 @@ class Worker:
         self._name = new_id()
         self._level = RUN
         self._log = Log(options, "worker %d" % slot)
-        self._leftovers: Dict[int, Child] = {}  # pipes that outlived their job: drained, too
+        self._leftovers: dict[int, Child] = {}  # pipes that outlived their job: drained, too
         self._next_keeping = 0.0
         self._kept_until = 0
         self._complained = False
@@ -2879,8 +2893,8 @@ class Worker:
         self._level = max(self._level, level)
 
     def _work(self) -> None:
-        result: Optional[Result] = None
-        execution: Optional[Execution] = None
+        result: Result | None = None
+        execution: Execution | None = None
         awaited = True  # whether this turn follows a sleep
         while True:
             claim = self._turn(result)
@@ -2899,7 +2913,7 @@ class Worker:
             self._idle()
             awaited = True
 
-    def _turn(self, result: Optional[Result]) -> Optional[Claim]:
+    def _turn(self, result: Result | None) -> Claim | None:
         """Settle and claim. Where the database cannot be written now, the result is kept and
         tried again until it can."""
         while True:
@@ -2920,7 +2934,7 @@ class Worker:
                 self._tell(result, settled)
             return claim
 
-    def _tell(self, result: Result, settled: Optional[Settled]) -> None:
+    def _tell(self, result: Result, settled: Settled | None) -> None:
         if settled is not None and self._options.quiet:
             return
         took = format_age(result.seconds)
@@ -2937,7 +2951,7 @@ class Worker:
                 self._job, {"pending": "is put back"}.get(settled.state, settled.state), took,
                 result.error))
 
-    def _run(self, claim: Claim) -> Tuple[Execution, Result]:
+    def _run(self, claim: Claim) -> tuple[Execution, Result]:
         """Run a claimed job to its end."""
         self._job = claim.id
         if not self._options.quiet:
@@ -3015,7 +3029,7 @@ class Worker:
             except DatabaseUnavailable:
                 self._sleep(time.monotonic() + TICK)
 
-    def _sleep(self, until: float) -> List[int]:
+    def _sleep(self, until: float) -> list[int]:
         """Sleep in the one place where this process waits, until something happens. Returns
         the descriptors that can be read; notes in `_rung` whether a bell or an order came."""
         sync_due = self._queue.sync_due()
@@ -3067,7 +3081,7 @@ class Worker:
             return
         queue, now = self._queue, time.time()
         keep = queue.settings()["keep_completed"]
-        reached: Optional[int] = None
+        reached: int | None = None
         deleted = 0
         if keep:
             reached, deleted = queue.prune_some(("completed",), now - keep, self._kept_until)
@@ -3095,7 +3109,7 @@ class _Seat:
         self.orders: Any = None
         self.started = 0.0
         self.deaths = 0
-        self.replace_at: Optional[float] = None
+        self.replace_at: float | None = None
 
 
 class Supervisor:
@@ -3111,8 +3125,8 @@ class Supervisor:
         self._log = Log(options, "queuectl")
         self._level = RUN
         self._failed = False
-        self._signals: List[Tuple[int, float]] = []
-        self._first_signal: Optional[float] = None
+        self._signals: list[tuple[int, float]] = []
+        self._first_signal: float | None = None
         self._seats = {slot: _Seat() for slot in range(1, options.count + 1)}
 
     def run(self) -> int:
@@ -3261,7 +3275,7 @@ class Supervisor:
                 self._start(slot)
 
 
-def stop_workers(queue: Queue, level: int, timeout: Optional[float], own_job: Optional[str]) -> int:
+def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str | None) -> int:
     """Order all workers to stop, and wait until they are gone; how many there were. A worker
     that runs `own_job`, from which this is called, is not waited for. TimeoutExpired."""
     found = queue.order_stop(level)
@@ -3278,7 +3292,7 @@ def stop_workers(queue: Queue, level: int, timeout: Optional[float], own_job: Op
     return sum(info.slot > 0 for info in found)
 
 
-def follow(queue: Queue, job: Job, number: Optional[int], live: bool) -> Iterator[bytes]:
+def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[bytes]:
     """The output of a job's run: of run `number`, or of its last one. With `live` what a
     running one prints as it comes; and where no number is given, run after run to the end
     of the job. QueueError if there is no such run."""
@@ -3307,7 +3321,7 @@ def _await_change(queue: Queue, until: float = math.inf) -> None:
 
 
 def _follow_run(queue: Queue, run: int, live: bool) -> Iterator[bytes]:
-    source: Optional[LiveOutput] = None
+    source: LiveOutput | None = None
     try:
         while True:
             output = queue.output(run)
@@ -3333,7 +3347,7 @@ def _follow_run(queue: Queue, run: int, live: bool) -> Iterator[bytes]:
             source.close()
 
 
-def start_detached(options: StartOptions, ensure: bool) -> Tuple[int, str]:
+def start_detached(options: StartOptions, ensure: bool) -> tuple[int, str]:
     """Start workers in the background, and return once they run: (how many, their log).
     With `ensure`, only those that are missing to make `count` for this choice of queues; two
     who ensure at once take turns, so that the second sees the workers of the first."""
@@ -3373,7 +3387,7 @@ def start_detached(options: StartOptions, ensure: bool) -> Tuple[int, str]:
             raise QueueError("the workers did not start; %s says why" % log)
 
 
-def wait_for(queue: Queue, ids: Sequence[str], timeout: Optional[float], own_job: Optional[str],
+def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: str | None,
              tell: Callable[[int, int, int], None]) -> bool:
     """Wait until jobs have ended, or can never run: these, or (none named) all that have not
     ended now. True if all have completed. `tell` gets (done, failed, left) now and then.
@@ -3427,7 +3441,7 @@ def width() -> int:
     return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else 10000
 
 
-def colour(text: str, code: Optional[str]) -> str:
+def colour(text: str, code: str | None) -> str:
     if code is None or not is_terminal(sys.stdout) or os.environ.get("NO_COLOR"):
         return text
     return "\x1b[%sm%s\x1b[0m" % (code, text)
@@ -3467,11 +3481,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], coloured: int = -
         yield line([printable(cell) for cell in row], True)
 
 
-def ago(text: Optional[str], now: float) -> str:
+def ago(text: str | None, now: float) -> str:
     return format_age(now - from_iso(text)) + " ago" if text else ""
 
 
-def job_when(job: Job, now: float, blocker: Optional[Tuple[str, str]]) -> str:
+def job_when(job: Job, now: float, blocker: tuple[str, str] | None) -> str:
     """The time that matters in this job's state, relative to now."""
     if blocker is not None:
         return "by %s (%s)" % blocker
@@ -3486,7 +3500,7 @@ def job_tries(job: Job) -> str:
     return "%d/%d" % (job.attempts, job.max_retries)
 
 
-def job_table(jobs: Iterable[Job], blocker: Callable[[Job], Optional[Tuple[str, str]]],
+def job_table(jobs: Iterable[Job], blocker: Callable[[Job], tuple[str, str] | None],
               now: float) -> Iterator[str]:
     return table(("ID", "STATE", "TRIES", "QUEUE", "WHEN", "COMMAND"), (
         (job.id, job.view, job_tries(job), job.queue,
@@ -3500,7 +3514,7 @@ def dead_table(jobs: Iterable[Job], now: float) -> Iterator[str]:
          job.last_error or "") for job in jobs))
 
 
-def job_sheet(job: Job, runs: Sequence[Run], blocker: Optional[Tuple[str, str]],
+def job_sheet(job: Job, runs: Sequence[Run], blocker: tuple[str, str] | None,
               now: float) -> Iterator[str]:
     """All about one job. Of its environment only the names: the values may be secrets."""
     facts = [
@@ -3525,31 +3539,30 @@ def job_sheet(job: Job, runs: Sequence[Run], blocker: Optional[Tuple[str, str]],
                                else text)
     if runs:
         yield ""
-        for line in table(("RUN", "OUTCOME", "STARTED", "TOOK", "WORKER", "ERROR"), (
+        yield from table(("RUN", "OUTCOME", "STARTED", "TOOK", "WORKER", "ERROR"), (
                 (str(run.number), run.outcome or "running", ago(run.started_at, now),
                  format_age((from_iso(run.finished_at) if run.finished_at else now)
                             - from_iso(run.started_at)), run.worker, run.error or "")
-                for run in runs), coloured=1):
-            yield line
+                for run in runs), coloured=1)
 
 
 class Status(Record):
     """What `status` shows, gathered at one moment."""
 
     database: str
-    jobs: Dict[str, int]
-    queues: Dict[str, Dict[str, int]]
-    paused: List[str]
-    workers: List[WorkerInfo]
-    oldest_ready_seconds: Optional[float]
-    minute: Dict[str, float]
-    hour: Dict[str, float]
+    jobs: dict[str, int]
+    queues: dict[str, dict[str, int]]
+    paused: list[str]
+    workers: list[WorkerInfo]
+    oldest_ready_seconds: float | None
+    minute: dict[str, float]
+    hour: dict[str, float]
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return dict(self.__dict__, workers=[info.as_dict() for info in self.workers])
 
 
-def rates(stats: Iterable[Tuple[str, str, int, float]]) -> Dict[str, float]:
+def rates(stats: Iterable[tuple[str, str, int, float]]) -> dict[str, float]:
     """Runs that ended, how many of them not well, and their mean seconds."""
     runs = failed = 0
     seconds = 0.0
@@ -3561,7 +3574,7 @@ def rates(stats: Iterable[Tuple[str, str, int, float]]) -> Dict[str, float]:
             "mean_seconds": round(seconds / runs, 3) if runs else 0.0}
 
 
-def status_warning(status: Status) -> Optional[str]:
+def status_warning(status: Status) -> str | None:
     waiting = status.jobs["pending"]
     if waiting and not status.workers:
         return "%d job%s and no worker runs; start one: worker start" % (
@@ -3613,12 +3626,12 @@ def worker_rows(workers: Iterable[WorkerInfo], now: float) -> Iterator[Sequence[
                (info.job or "idle") + (" (stopping)" if info.stop else ""))
 
 
-def prometheus(rows: Iterable[Tuple[str, str, int]], stats: Sequence[Tuple[str, str, int, float]],
+def prometheus(rows: Iterable[tuple[str, str, int]], stats: Sequence[tuple[str, str, int, float]],
                workers: Sequence[WorkerInfo], oldest: float) -> Iterator[str]:
     """The text format 0.0.4 of
     https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
     def metric(name: str, kind: str, text: str,
-               samples: Iterable[Tuple[Mapping[str, str], float]]) -> Iterator[str]:
+               samples: Iterable[tuple[Mapping[str, str], float]]) -> Iterator[str]:
         yield "# HELP queuectl_%s %s" % (name, text)
         yield "# TYPE queuectl_%s %s" % (name, kind)
         for labels, value in samples:
@@ -3626,7 +3639,7 @@ def prometheus(rows: Iterable[Tuple[str, str, int]], stats: Sequence[Tuple[str, 
                      for key, word in labels.items()]
             yield "queuectl_%s%s %.10g" % (name, "{%s}" % ",".join(words) if words else "", value)
 
-    found: Dict[str, Dict[str, int]] = {}
+    found: dict[str, dict[str, int]] = {}
     for state, queue, jobs in rows:
         found.setdefault(queue, {})[state] = jobs
     states = ("pending",) + VIEWS + STATES[1:]
@@ -3657,13 +3670,13 @@ def prometheus(rows: Iterable[Tuple[str, str, int]], stats: Sequence[Tuple[str, 
 
 class Command(Record):
     name: str
-    run: Callable[[argparse.Namespace], Optional[int]]
+    run: Callable[[argparse.Namespace], int | None]
     help: str
     example: str
-    options: Tuple[Tuple[Tuple[str, ...], Dict[str, Any]], ...]
+    options: tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
 
 
-COMMANDS: Dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {}
 GROUPS = {"worker": "start, stop and list workers", "dlq": "the dead letter queue",
           "config": "settings"}
 
@@ -3671,12 +3684,12 @@ if TYPE_CHECKING:
     Handler = Callable[[argparse.Namespace], Optional[int]]
 
 
-def option(*flags: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+def option(*flags: str, **details: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return flags, details
 
 
 def command(name: str, text: str, example: str,
-            *options: Tuple[Tuple[str, ...], Dict[str, Any]]) -> Callable[[Handler], Handler]:
+            *options: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Handler], Handler]:
     def register(run: Handler) -> Handler:
         COMMANDS[name] = Command(name=name, run=run, help=text, example=example, options=options)
         return run
@@ -3701,13 +3714,13 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def own_job(queue: Queue) -> Optional[str]:
+def own_job(queue: Queue) -> str | None:
     """The id of the job that this command runs in, if it is one of the same queue."""
     same = os.environ.get("QUEUECTL_DB") == queue.path
     return os.environ.get("QUEUECTL_JOB_ID") if same else None
 
 
-def read_word(word: str) -> Dict[str, Any]:
+def read_word(word: str) -> dict[str, Any]:
     """One word on the command line: a JSON job, or a shell command line."""
     text = word.lstrip()
     if text[:1] == "{":
@@ -3729,9 +3742,9 @@ def parse_json(text: str) -> Any:
         raise QueueError("broken JSON: %s" % error) from None
 
 
-def read_jobs(file: BinaryIO) -> Iterator[Tuple[str, Any]]:
+def read_jobs(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Pairs of a place and a job from JSON Lines or a JSON array, line by line."""
-    array: Optional[str] = None  # what has been read of an array and not yet been taken
+    array: str | None = None  # what has been read of an array and not yet been taken
     decoder = json.JSONDecoder()
     number = 0
     first = True
@@ -3782,8 +3795,8 @@ def read_jobs(file: BinaryIO) -> Iterator[Tuple[str, Any]]:
         raise QueueError("line %d: broken JSON: the array does not end" % number)
 
 
-def unfinished_jobs(jobs: Iterable[Tuple[str, Any]], defaults: Mapping[str, Any],
-                    skipped: List[str]) -> Iterator[Tuple[str, Dict[str, Any]]]:
+def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any],
+                    skipped: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Jobs with the command line's defaults filled in; those that have ended are skipped."""
     live = is_terminal(sys.stderr)
     for number, (place, job) in enumerate(jobs, 1):
@@ -3842,7 +3855,7 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
     if args.file is not None and args.id is not None:
         raise UsageError("--id names one job; with --file each job has its own")
     if len(words) > 1 or exact:
-        jobs: Iterable[Tuple[str, Any]] = [("", {"command": quoted(words or exact)})]
+        jobs: Iterable[tuple[str, Any]] = [("", {"command": quoted(words or exact)})]
     elif words:
         jobs = [("", read_word(words[0]))]
     elif args.file == "-":
@@ -3853,7 +3866,7 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             raise QueueError("cannot read %s: %s" % (
                 args.file, getattr(error, "strerror", None) or error)) from None
-    skipped: List[str] = []
+    skipped: list[str] = []
     with Queue(args.db) as queue:
         try:
             ids = queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), say)
@@ -3866,7 +3879,7 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             len(skipped), " was" if len(skipped) == 1 else "s were", " ".join(skipped[:5])))
 
 
-def checked_env(words: List[str]) -> Dict[str, str]:
+def checked_env(words: list[str]) -> dict[str, str]:
     try:
         return parse_env(words)
     except QueueError as error:
@@ -3944,7 +3957,7 @@ def show_lines(lines: Iterable[str]) -> None:
 
 def gather_status(queue: Queue) -> Status:
     now = time.time()
-    queues: Dict[str, Dict[str, int]] = {}
+    queues: dict[str, dict[str, int]] = {}
     counts = dict.fromkeys(STATES + VIEWS, 0)
     for state, name, jobs in queue.count_rows():
         row = queues.setdefault(name, {})
@@ -4024,7 +4037,8 @@ def cmd_show(args: argparse.Namespace) -> None:
 
 @command(
     "logs", "what a job printed", "queuectl.py logs -f job1", option("id", metavar="ID"),
-    option("-f", "--follow", action="store_true", help="follow a running or waiting job to its end"),
+    option("-f", "--follow", action="store_true",
+           help="follow a waiting or running job to its end"),
     option("--run", type=checked(parse_integer(1, 2 ** 31)), metavar="N",
            help="its Nth run (the last one)"))
 def cmd_logs(args: argparse.Namespace) -> None:
@@ -4188,9 +4202,9 @@ complete -o default -F _queuectl queuectl queuectl.py
 """
 
 
-def completion_words() -> Dict[str, List[str]]:
+def completion_words() -> dict[str, list[str]]:
     """What can follow each command: "" stands for none yet."""
-    words: Dict[str, List[str]] = {"": ["--db", "--help", "--version"]}
+    words: dict[str, list[str]] = {"": ["--db", "--help", "--version"]}
     for name, found in COMMANDS.items():
         group, _, rest = name.partition(" ")
         words[""] += [group] if group not in words[""] else []
@@ -4257,7 +4271,7 @@ def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version="queuectl " + __version__)
     database(parser)
     top = commands(parser)
-    groups: Dict[str, Any] = {}
+    groups: dict[str, Any] = {}
     for name, found in COMMANDS.items():
         group, _, rest = name.partition(" ")
         if chosen and group != chosen[0] or rest and chosen[1:] and rest != chosen[1]:
@@ -4307,7 +4321,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit code. Prints, and never
     exits, but for a bug, whose traceback it lets through."""
     for stream in (sys.stdout, sys.stderr):
