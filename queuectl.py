@@ -51,19 +51,8 @@ from datetime import datetime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import (
-        IO,
-        Any,
-        BinaryIO,
-        Callable,
-        Iterable,
-        Iterator,
-        Mapping,
-        NoReturn,
-        Optional,
-        Sequence,
-        TextIO,
-    )
+    from typing import IO, Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NoReturn
+    from typing import Optional, Sequence, TextIO
 
 __version__ = "1.0.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "WorkerInfo", "main"]
@@ -3131,6 +3120,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Work until stopped; the exit code. QueueError where it cannot start."""
+        import gc
         default_signals()
         self._waiter = Waiter()
         before = {}
@@ -3141,6 +3131,8 @@ class Supervisor:
                     signum, lambda signum, frame: self._signals.append(
                         (signum, time.monotonic())))
         self._enter()
+        gc.collect()
+        gc.freeze()  # or a collection in a worker would copy all that it shares with us
         try:
             for slot in self._seats:
                 self._start(slot)
