@@ -1362,7 +1362,7 @@ SELECT_RUNS = """
 INSERT_JOB = """
     INSERT INTO jobs (id, command, queue, priority, max_retries, timeout, hold, run_after,
                       cwd, env, after, unique_key, created_at, updated_at)
-    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?13)"""
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 ACTIVE_WITH_KEY = "SELECT id FROM keys JOIN jobs ON seq = job WHERE key = :key"
 TAKE_KEY = "INSERT INTO keys SELECT unique_key, seq FROM jobs WHERE id = :id"
 FREE_KEY = "DELETE FROM keys WHERE key = :key AND job = :seq"
@@ -1480,8 +1480,7 @@ RETRY_JOB = """
 PRUNABLE = """
     SELECT seq, state IN (%s) AND updated_at <= :before AND NOT EXISTS (
             SELECT 1 FROM deps JOIN jobs AS dependant ON dependant.seq = deps.job
-            WHERE deps.needs = jobs.seq AND jobs.state != 'completed'
-                AND dependant.state IN ('pending', 'processing'))
+            WHERE deps.needs = jobs.seq AND jobs.state != 'completed' AND dependant.unmet > 0)
     FROM jobs WHERE seq > :last ORDER BY seq LIMIT :limit"""
 DELETE_JOB = (
     "DELETE FROM deps WHERE job = ?", "DELETE FROM deps WHERE needs = ?",
@@ -1608,7 +1607,7 @@ class Queue:
         if not stat.S_ISREG(status.st_mode):
             raise QueueError("%s is not a regular file" % self.path)
         if status.st_size:
-            look = sqlite3.connect(_uri(self.path) + "?immutable=1", uri=True, timeout=0,
+            look = sqlite3.connect(_uri(self.path) + "?immutable=1&mode=ro", uri=True, timeout=0,
                                    isolation_level=None)
             try:
                 # Or SQLite itself refuses what a checkpoint left half done, which only a
@@ -1854,7 +1853,7 @@ class Queue:
             self.checkpoint()
         for queue, count in stored.ready.items():
             self.wake(queue, count)
-        return (stored.instead.get(row[14], row[0]) for rows in spool for row in rows)
+        return (stored.instead.get(row[15], row[0]) for rows in spool for row in rows)
 
     def _insert(self, rows: list[tuple[Any, ...]], stored: _Batch,
                 note: Callable[[str], None]) -> None:
@@ -1862,7 +1861,7 @@ class Queue:
         if not any(row[11] for row in rows):
             self._execute("SAVEPOINT rows")
             try:
-                self._execute(INSERT_JOB, [row[:13] for row in rows], many=True)
+                self._execute(INSERT_JOB, [row[:14] for row in rows], many=True)
             except sqlite3.IntegrityError:  # an id is taken: find out which, row by row
                 self._execute("ROLLBACK TO rows")
             else:
@@ -1875,21 +1874,21 @@ class Queue:
             active = row[11] and self._value(ACTIVE_WITH_KEY, {"key": row[11]})
             if active:
                 note("%s has the key %s and has not ended; nothing stored" % (active, row[11]))
-                stored.instead[row[14]] = active
+                stored.instead[row[15]] = active
                 continue
             given = row
             while True:
                 try:
-                    self._execute(INSERT_JOB, row[:13])
+                    self._execute(INSERT_JOB, row[:14])
                     break
                 except sqlite3.IntegrityError:
-                    if row[13]:
-                        raise QueueError("%sthe id %s is taken" % (row[15], row[0])) from None
+                    if row[14]:
+                        raise QueueError("%sthe id %s is taken" % (row[16], row[0])) from None
                     row = (new_id(),) + row[1:]
             if row[11]:
                 self._execute(TAKE_KEY, {"id": row[0]})
             if row is not given:
-                stored.instead[row[14]] = row[0]
+                stored.instead[row[15]] = row[0]
             stored.add(row)
 
     def _link(self, waiting: list[tuple[str, str]], first: int, now: float) -> None:
@@ -2042,7 +2041,7 @@ class Queue:
         jobs as they are then: `processing` ones will end soon. QueueError for a job that
         does not exist or has ended otherwise: then none is touched."""
         with self._transaction():
-            jobs = [self.get(id) for id in ids]
+            jobs = [self.get(id) for id in dict.fromkeys(ids)]
             for job in jobs:
                 if job.state in ("completed", "dead"):
                     raise QueueError("job %s has ended already (%s)" % (job.id, job.state))
@@ -2061,34 +2060,38 @@ class Queue:
         """Make dead or cancelled jobs pending again, with attempts = 0. QueueError for any
         other job: then none is touched."""
         with self._transaction():
-            jobs = [self.get(id) for id in ids]
+            jobs = [self.get(id) for id in dict.fromkeys(ids)]
             for job in jobs:
                 if job.state not in ("dead", "cancelled"):
                     raise QueueError("job %s is %s; only dead and cancelled jobs can be retried"
                                      % (job.id, job.state))
-            self._retry([job.seq for job in jobs])
+                self._retry(job.seq)
         for job in jobs:
             self.wake(job.queue, 1)
 
-    def retry_all(self) -> int:
-        """Retry every dead job, and return how many."""
+    def retry_all(self, note: Callable[[str], None] = lambda text: None) -> int:
+        """Retry every dead job, and return how many. `note` gets a line for each whose unique
+        key another job has: it stays dead."""
+        count = 0
         with self._transaction():
-            seqs = [row[0] for row in self._execute(MEMBERS["dead"])]
-            self._retry(seqs)
-        self.wake(None, len(seqs))
-        return len(seqs)
+            for row in self._execute(MEMBERS["dead"]).fetchall():
+                try:
+                    self._retry(row["seq"])
+                    count += 1
+                except QueueError as error:
+                    note(str(error))
+        self.wake(None, count)
+        return count
 
-    def _retry(self, seqs: Iterable[int]) -> None:
-        now = iso(time.time())
-        for seq in seqs:
-            self._execute(RETRY_JOB, {"seq": seq, "at": now})
-            row = self._execute("SELECT id, unique_key FROM jobs WHERE seq = ?", (seq,)).fetchone()
-            if row["unique_key"]:
-                active = self._value(ACTIVE_WITH_KEY, {"key": row["unique_key"]})
-                if active:
-                    raise QueueError("job %s cannot be retried while %s has its key %s"
-                                     % (row["id"], active, row["unique_key"]))
-                self._execute(TAKE_KEY, {"id": row["id"]})
+    def _retry(self, seq: int) -> None:
+        row = self._execute("SELECT id, unique_key FROM jobs WHERE seq = ?", (seq,)).fetchone()
+        if row["unique_key"]:
+            active = self._value(ACTIVE_WITH_KEY, {"key": row["unique_key"]})
+            if active:
+                raise QueueError("job %s cannot be retried while %s has its key %s"
+                                 % (row["id"], active, row["unique_key"]))
+            self._execute(TAKE_KEY, {"id": row["id"]})
+        self._execute(RETRY_JOB, {"seq": seq, "at": iso(time.time())})
 
     def prune(self, states: Sequence[str], older_than: float = 0) -> int:
         """Delete jobs that ended more than `older_than` seconds ago in one of `states` and
@@ -2427,8 +2430,8 @@ def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[
     caller chose the id."""
     ids, created = new_ids(), iso(now)
     try:
-        folder = os.getcwd()
-    except OSError:
+        folder = parse_cwd(os.getcwd())
+    except (OSError, QueueError):
         folder = ""
 
     def row(fields: dict[str, Any]) -> tuple[Any, ...]:
@@ -2438,12 +2441,14 @@ def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[
             run_after = from_epoch(now + fields["delay"])
         cwd, env, after = get("cwd") or folder, get("env"), get("after")
         if not cwd:
-            raise QueueError("the current folder is gone; name one with --cwd")
+            raise QueueError("the current folder is gone, or its name is not UTF-8; name one with "
+                             "--cwd")
         hold = BLOCKED if after else READY if run_after is None or run_after <= now else SCHEDULED
         return (get("id") or next(ids), fields["command"], get("queue", DEFAULT_QUEUE),
                 get("priority", 0), get("max_retries", max_retries), get("timeout"), hold,
                 run_after, cwd, json.dumps(env) if env else None,
-                " ".join(after) if after else None, get("unique"), created, "id" in fields)
+                " ".join(after) if after else None, get("unique"), created, created,
+                "id" in fields)
 
     return row
 
@@ -3788,23 +3793,28 @@ def read_jobs(file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any],
-                    skipped: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Jobs with the command line's defaults filled in; those that have ended are skipped."""
-    live = is_terminal(sys.stderr)
+                    skipped: list[str]) -> Iterator[tuple[str, Any]]:
+    """Jobs with the command line's defaults filled in. Those that have ended are skipped, and
+    jobs that come after a completed one of them need not wait."""
+    live, number = is_terminal(sys.stderr), 0
+    completed = set()
     for number, (place, job) in enumerate(jobs, 1):
         if live and number % 10000 == 0:
             print("\rqueuectl: %d jobs read" % number, end="", file=sys.stderr, flush=True)
-        if isinstance(job, dict):
-            if job.get("state") in ENDED:
-                skipped.append(str(job.get("id")))
-                continue
-            if defaults:
-                own = {name: value for name, value in job.items() if value is not None}
-                job = {**defaults, **own}
-                if "delay" in own or "run_at" in own:  # either is the job's own choice
-                    job.update(delay=own.get("delay"), run_at=own.get("run_at"))
-                if isinstance(own.get("env"), dict) and "env" in defaults:
-                    job["env"] = {**defaults["env"], **own["env"]}
+        if isinstance(job, dict) and job.get("state") in ENDED:
+            skipped.append(str(job.get("id")))
+            if job["state"] == "completed":
+                completed.add(job.get("id"))
+            continue
+        if isinstance(job, dict) and (defaults or completed):
+            own = {name: value for name, value in job.items() if value is not None}
+            if isinstance(own.get("after"), list):
+                own["after"] = [id for id in own["after"] if id not in completed]
+            job = {**defaults, **own}
+            if "delay" in own or "run_at" in own:  # either is the job's own choice
+                job.update(delay=own.get("delay"), run_at=own.get("run_at"))
+            if isinstance(own.get("env"), dict) and "env" in defaults:
+                job["env"] = {**defaults["env"], **own["env"]}
         yield place, job
     if live and number >= 10000:
         print("\r\x1b[K", end="", file=sys.stderr)
@@ -4090,7 +4100,7 @@ def cmd_dlq_retry(args: argparse.Namespace) -> None:
         raise UsageError("name the jobs to retry, or --all")
     with Queue(args.db) as queue:
         if args.all:
-            say("%d jobs are pending again" % queue.retry_all())
+            say("%d jobs are pending again" % queue.retry_all(say))
         else:
             queue.retry(args.id)
 
@@ -4316,6 +4326,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit code. Prints, and never
     exits, but for a bug, whose traceback it lets through."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the descriptor was closed when Python started
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -4331,12 +4344,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as stop:  # argparse has printed its help
             sys.stdout.flush()
             return int(stop.code or 0)
-    except BrokenPipeError:  # `list | head`; let the interpreter find nothing left to flush
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # what cannot be written is forgotten
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `list | head`
+            return 0
+        say("%s%s" % (error.filename + ": " if error.filename else "", error.strerror or error))
+        return 1
 
 
 if __name__ == "__main__":
