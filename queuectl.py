@@ -52,7 +52,8 @@ from datetime import datetime
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO, Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NoReturn
-    from typing import Optional, Sequence, TextIO
+    from typing import Optional, Sequence, TextIO, TypeVar
+    T = TypeVar("T")
 
 __version__ = "1.0.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "WorkerInfo", "main"]
@@ -307,7 +308,11 @@ def format_duration(seconds: float) -> str:
     for unit in ("d", "h", "m"):
         if seconds and not seconds % DURATION_UNITS[unit]:
             return "%d%s" % (seconds // DURATION_UNITS[unit], unit)
-    return "%gs" % seconds
+    return format_number(seconds) + "s"
+
+
+def format_number(number: float) -> str:
+    return "%d" % number if number == int(number) else repr(number)
 
 
 def format_age(seconds: float) -> str:
@@ -533,9 +538,9 @@ class Setting(Record):
 
 SETTINGS = {name: Setting(name=name, default=default, parse=parse, format=form, help=text)
             for name, default, parse, form, text in (
-    ("max_retries", 3, FIELDS["max_retries"], "{:g}".format,
+    ("max_retries", 3, FIELDS["max_retries"], format_number,
      "attempts in all that a job enqueued from now on gets"),
-    ("backoff_base", 2, parse_factor, "{:g}".format,
+    ("backoff_base", 2, parse_factor, format_number,
      "a retry waits backoff_base ** attempts seconds; 0: retry at once"),
     ("backoff_max", 3600, parse_duration, format_duration, "longest wait before a retry"),
     ("job_timeout", 300, parse_duration, format_duration,
@@ -604,7 +609,7 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 #
 #   default_folder  make_folder  create_file  flush  flush_folder  unsafe_reason
 #   exclusive                       one process at a time
-#   hold  is_held  sweep            a worker's lock: held for as long as its process lives
+#   hold  release  is_held  sweep   a worker's lock: held for as long as its process lives
 #   RunLock  end_tree               a run's process tree: found and ended by whoever rescues
 #   Child                           one spawned command, its pipe and its process group
 #   Bell  ring  Waiter              sleeping in one place, and waking who sleeps there
@@ -660,6 +665,10 @@ if sys.platform == "win32":
 
     def hold(path: str) -> int:
         return create_file(path, os.O_EXCL | os.O_NOINHERIT)
+
+    def release(path: str, fd: int) -> None:
+        os.close(fd)
+        remove(path)
 
     def is_held(path: str) -> bool:
         return not sweep(path)
@@ -890,6 +899,12 @@ else:
                 time.sleep(0.001)
             os.close(fd)
 
+    def release(path: str, fd: int) -> None:
+        """Remove a lock of this process, so that it looks as dead as it will be."""
+        _held.pop(path, None)
+        remove(path)
+        os.close(fd)
+
     def is_held(path: str) -> bool:
         """Whether a living process holds the lock. Asks with a shared lock, so that two
         who ask never see each other."""
@@ -1060,10 +1075,10 @@ else:
             return [], None, None
         try:
             recorded = os.read(fd, 200).decode("ascii", "replace").split()
-            if len(recorded) != 5 or recorded[0] != str(run):
-                recorded = []  # killed between spawn and record: the lock alone decides
-            elif recorded[3] != _this_boot()[0]:
-                return [], None, None
+            if len(recorded) != 5 or recorded[0] != str(run) or recorded[3:] != _this_boot():
+                # Killed between spawn and record, or its group cannot be seen from here, be it
+                # that the machine or the container is another: the lock alone decides.
+                recorded = []
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 holders, doubt = [], None
@@ -1071,8 +1086,7 @@ else:
                 holders, doubt = _holders(path), "a process that holds %s" % path
         finally:
             os.close(fd)
-        if not recorded or recorded[4] != _this_boot()[1]:
-            # Groups of another container cannot be seen from here: again the lock decides.
+        if not recorded:
             return holders, None, None if holders else doubt
         leader, start = int(recorded[1]), recorded[2]
         members = [found for found in _processes()
@@ -1184,6 +1198,7 @@ else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             os.mkfifo(path, 0o600)
+            os.chmod(path, 0o600)  # whatever the umask
             self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
 
         def clear(self) -> None:
@@ -1256,6 +1271,7 @@ APPLICATION_ID = 0x71756575  # "queu"; what marks a database file as ours
 WAL_LIMIT = 8 * 1024 ** 2  # bytes of -wal from which on somebody checkpoints it
 DUE_BATCH = 500  # jobs that one transaction moves from later to ready
 PRUNE_BATCH = 200  # jobs that one transaction deletes
+VACUUM_STEP = 256  # free pages that one transaction gives back
 
 MIGRATIONS = ((
     """CREATE TABLE jobs (
@@ -1540,15 +1556,18 @@ class Queue:
 
     Safe to use from any number of processes at once; within a process, one Queue a thread,
     and none across a fork. What returns has been committed and fsynced, unless `durable` is
-    false: then commits wait for sync() (workers fsync theirs within SYNC_DELAY).
+    false: then commits wait for sync() (workers fsync theirs within SYNC_DELAY). With
+    `expect`, an identity(), it opens that very database, or none.
 
     Every method raises QueueError for what the user can mend, and nothing is changed then.
     Times that come in are epoch seconds."""
 
-    def __init__(self, path: str | None = None, *, durable: bool = True) -> None:
+    def __init__(self, path: str | None = None, *, durable: bool = True,
+                 expect: str | None = None) -> None:
         self.path = os.path.realpath(default_path() if path is None else path)
         self.folder = self.path + "-run"
         self._durable = durable
+        self._expect = expect
         self._unsynced: float | None = None  # time of the first commit that is not synced
         self._committed = 0.0  # time of the last commit
         self._wal = self._marks = -1
@@ -1598,6 +1617,8 @@ class Queue:
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
+            if self._expect:
+                raise self._gone() from None
             with contextlib.suppress(FileExistsError):
                 os.close(create_file(self.path, os.O_EXCL))
                 flush_folder(os.path.dirname(self.path))
@@ -1642,8 +1663,10 @@ class Queue:
         self._execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
         version = self._value("PRAGMA user_version")
         self._check_version(version)
-        if version == len(MIGRATIONS):
+        if version == len(MIGRATIONS) and self._expect in (None, self.identity()):
             return
+        if self._expect:
+            raise self._gone()
         # First the mark, in a rollback journal, so that no other program and no other first
         # use ever sees a WAL database without it.
         if self._value("PRAGMA application_id") != APPLICATION_ID:
@@ -1662,16 +1685,32 @@ class Queue:
     # Executing. Every statement goes through here.
 
     def _execute(self, sql: str, parameters: Any = (), many: bool = False) -> sqlite3.Cursor:
-        """Execute one statement. Where the database is busy, try again after a short random
-        wait: SQLite's own busy handler lets some writers starve."""
+        """Execute one statement, whose rows (if any) nobody wants."""
         call = self._db.executemany if many else self._db.execute
+        return self._insist(lambda: call(sql, parameters))
+
+    def _rows(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
+        """All rows of a query: nothing is read later, when it could fail elsewhere."""
+        return self._insist(lambda: self._db.execute(sql, parameters).fetchall())
+
+    def _row(self, sql: str, parameters: Any = ()) -> sqlite3.Row | None:
+        rows = self._rows(sql, parameters)
+        return rows[0] if rows else None
+
+    def _value(self, sql: str, parameters: Any = ()) -> Any:
+        rows = self._rows(sql, parameters)
+        return rows[0][0] if rows else None
+
+    def _insist(self, call: Callable[[], T]) -> T:
+        """Where the database is busy, try again after a short random wait: SQLite's own busy
+        handler lets some writers starve. QueueError for all but a broken constraint."""
         budget = 0.0
         while True:
             try:
-                return call(sql, parameters)
+                return call()
             except sqlite3.IntegrityError:
                 raise
-            except sqlite3.OperationalError as error:
+            except sqlite3.Error as error:
                 now = time.monotonic()
                 budget = budget or now + BUSY_BUDGET
                 if "locked" not in str(error) or now > budget:
@@ -1679,8 +1718,6 @@ class Queue:
                 # 0.05 to 0.2 ms at first, up to 4 ms after a quarter of a second
                 waited = now - budget + BUSY_BUDGET
                 time.sleep((0.25 + os.urandom(1)[0] / 256) * (0.0002 + min(waited / 80, 0.003)))
-            except sqlite3.Error as error:
-                raise self._explain(error) from None
 
     def _explain(self, error: sqlite3.Error) -> QueueError:
         text = str(error)
@@ -1695,10 +1732,6 @@ class Queue:
             "database is locked": "another program held it for %d seconds" % BUSY_BUDGET,
         }.get(text)
         return kind("%s: %s%s" % (self.path, text, "; " + advice if advice else ""))
-
-    def _value(self, sql: str, parameters: Any = ()) -> Any:
-        row = self._execute(sql, parameters).fetchone()
-        return row[0] if row else None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -1756,14 +1789,14 @@ class Queue:
             raise DatabaseUnavailable("cannot sync %s: %s" % (self.path, error.strerror)) from None
         self._unsynced = None
 
-    def checkpoint(self) -> None:
-        """Bring the -wal file into the database once it has grown to WAL_LIMIT.
+    def checkpoint(self, limit: int = WAL_LIMIT) -> None:
+        """Bring the -wal file into the database once it has grown to `limit` bytes.
 
         SQLite before 3.51.3 can corrupt a database when a commit resets the WAL while another
         connection checkpoints (https://www.sqlite.org/wal.html#walresetbug). TRUNCATE holds
         the writer lock meanwhile, if only its busy timeout is not 0: then it would silently
         turn into the dangerous kind."""
-        if _size(self.path + "-wal") < WAL_LIMIT or time.monotonic() < self._checkpoint_after:
+        if _size(self.path + "-wal") < limit or time.monotonic() < self._checkpoint_after:
             return
         with contextlib.suppress(QueueError):
             self._execute("PRAGMA busy_timeout = 1000")
@@ -1787,7 +1820,10 @@ class Queue:
                 return
         except FileNotFoundError:
             pass
-        raise QueueError("%s has been deleted or replaced; stopping" % self.path)
+        raise self._gone()
+
+    def _gone(self) -> QueueError:
+        return QueueError("%s has been deleted or replaced; stopping" % self.path)
 
     def identity(self) -> str:
         """The random id of this database."""
@@ -1848,7 +1884,7 @@ class Queue:
             for rows in spool:
                 self._insert(rows, stored, note)
             if stored.waiting:
-                self._link(stored.waiting, stored.first, now)
+                self._link(stored, now)
         if len(spool) >= PAGE:
             self.checkpoint()
         for queue, count in stored.ready.items():
@@ -1891,27 +1927,29 @@ class Queue:
                 stored.instead[row[15]] = row[0]
             stored.add(row)
 
-    def _link(self, waiting: list[tuple[str, str]], first: int, now: float) -> None:
+    def _link(self, stored: _Batch, now: float) -> None:
         """Make jobs wait for those that they name. A cycle can only be among the new ones
         (seq >= first), and only where one of them names a later one."""
-        find = "SELECT seq, state FROM jobs WHERE id = ?"
+        find = "SELECT seq, state, queue, run_after FROM jobs WHERE id = ?"
         names: dict[int, str] = {}
         needs: dict[int, set[int]] = {}
         forward = False
-        for id, after in waiting:
-            seq = self._value(find, (id,))
+        for id, after, place in stored.waiting:
+            job = self._rows(find, (id,))[0]
+            seq, unmet = job["seq"], 0
             names[seq], needs[seq] = id, set()
-            unmet = 0
             for name in after.split():
-                row = self._execute(find, (name,)).fetchone()
+                row = self._row(find, (name,))
                 if row is None:
-                    raise QueueError("job %s: after: there is no job %s" % (id, name))
+                    raise QueueError("%safter: there is no job %s" % (place, name))
                 unmet += row["state"] != "completed"
                 needs[seq].add(row["seq"])
-                forward |= row["seq"] >= seq
+                forward |= stored.first <= seq <= row["seq"]
             self._execute("INSERT INTO deps VALUES (?, ?)", [(seq, need) for need in needs[seq]],
                           many=True)
             self._execute(COUNT_UNMET, {"seq": seq, "unmet": unmet, "now": now})
+            if not unmet and (job["run_after"] or 0) <= now:
+                stored.count_ready(job["queue"])
         if forward:
             free = [seq for seq in needs if not any(need in needs for need in needs[seq])]
             users: dict[int, list[int]] = {}
@@ -1934,7 +1972,7 @@ class Queue:
 
     def get(self, id: str) -> Job:
         """The job of that id. QueueError if there is none."""
-        row = self._execute(SELECT_JOB, {"id": parse_name(id)}).fetchone()
+        row = self._row(SELECT_JOB, {"id": parse_name(id)})
         if row is None:
             raise QueueError("there is no job %s" % id)
         return _job(row)
@@ -1954,8 +1992,8 @@ class Queue:
                              % (_shown(state), ", ".join(STATES + VIEWS)))
         last, left = 0, float("inf") if limit is None else limit
         while left > 0:
-            rows = self._execute(SELECT_PAGE % where, {
-                "last": last, "queue": queue, "limit": int(min(PAGE, left))}).fetchall()
+            rows = self._rows(SELECT_PAGE % where, {
+                "last": last, "queue": queue, "limit": int(min(PAGE, left))})
             for row in rows:
                 yield _job(row)
             if len(rows) < min(PAGE, left):
@@ -1967,11 +2005,11 @@ class Queue:
         return [Run(**dict(row, number=number, started_at=iso(row["started_at"]),
                            finished_at=iso(row["finished_at"])))
                 for number, row in enumerate(
-                    self._execute(SELECT_RUNS, {"seq": self.get(id).seq}), 1)]
+                    self._rows(SELECT_RUNS, {"seq": self.get(id).seq}), 1)]
 
     def output(self, run: int) -> bytes | None:
         """What is kept of a run's output; None while it runs (see live_output)."""
-        row = self._execute("SELECT outcome, output FROM runs WHERE run = ?", (run,)).fetchone()
+        row = self._row("SELECT outcome, output FROM runs WHERE run = ?", (run,))
         if row is None:
             raise QueueError("that run has been deleted with its job")
         return (row["output"] or b"") if row["outcome"] else None
@@ -1982,7 +2020,7 @@ class Queue:
 
     def blocker(self, job: Job) -> tuple[str, str] | None:
         """(id, state) of a job that this one waits for: a dead or cancelled one first."""
-        row = self._execute(BLOCKERS, {"seq": job.seq}).fetchone()
+        row = self._row(BLOCKERS, {"seq": job.seq})
         return (row["id"], row["state"]) if row else None
 
     def stuck(self, job: Job) -> bool:
@@ -1993,7 +2031,7 @@ class Queue:
         """(state or view, queue, jobs); `pending` here means ready to run."""
         return [(("pending", "scheduled", "failed", "blocked")[row["hold"]]
                  if row["state"] == "pending" else row["state"], row["queue"], row["jobs"])
-                for row in self._execute(COUNT_JOBS).fetchall()]
+                for row in self._rows(COUNT_JOBS)]
 
     def counts(self) -> dict[str, int]:
         """How many jobs there are in each of STATES, and (again) in each of VIEWS."""
@@ -2006,15 +2044,15 @@ class Queue:
 
     def oldest_ready(self) -> float | None:
         """Since when (epoch seconds) the oldest job that could run has been waiting."""
-        row = self._execute(OLDEST_READY).fetchone()
+        row = self._row(OLDEST_READY)
         return max(from_iso(row["created_at"]), row["run_after"] or 0) if row else None
 
     def stats(self, since: float = 0) -> list[tuple[str, str, int, float]]:
         """(queue, outcome, runs, seconds) of the runs that have ended since, by the minute;
         rates reach back an hour, and 0 means for ever, deleted jobs included."""
-        return [tuple(row) for row in self._execute(
+        return [tuple(row) for row in self._rows(
             "SELECT queue, outcome, sum(runs), sum(seconds) FROM stats WHERE minute >= ? "
-            "GROUP BY queue, outcome", (since // 60,)).fetchall()]
+            "GROUP BY queue, outcome", (since // 60,))]
 
     def last_seq(self) -> int:
         """The number of the newest job."""
@@ -2074,7 +2112,7 @@ class Queue:
         key another job has: it stays dead."""
         count = 0
         with self._transaction():
-            for row in self._execute(MEMBERS["dead"]).fetchall():
+            for row in self._rows(MEMBERS["dead"]):
                 try:
                     self._retry(row["seq"])
                     count += 1
@@ -2084,7 +2122,7 @@ class Queue:
         return count
 
     def _retry(self, seq: int) -> None:
-        row = self._execute("SELECT id, unique_key FROM jobs WHERE seq = ?", (seq,)).fetchone()
+        row = self._rows("SELECT id, unique_key FROM jobs WHERE seq = ?", (seq,))[0]
         if row["unique_key"]:
             active = self._value(ACTIVE_WITH_KEY, {"key": row["unique_key"]})
             if active:
@@ -2103,7 +2141,8 @@ class Queue:
             if reached is None:
                 break
             last = reached
-        self.give_back_space(total)
+        self.give_back_space(sys.maxsize)
+        self.checkpoint(0)  # only that shortens the file itself
         return total
 
     def prune_some(self, states: Sequence[str], before: float,
@@ -2112,10 +2151,10 @@ class Queue:
         PRUNE_BATCH. Returns the seq that it reached (None: the end) and how many it deleted."""
         words = ", ".join("'%s'" % state for state in ENDED if state in states)
         parameters = {"before": iso(before), "last": last, "limit": PAGE}
-        rows = self._execute(PRUNABLE % words, parameters).fetchall()
+        rows = self._rows(PRUNABLE % words, parameters)
         if any(row[1] for row in rows):
             with self._transaction():  # looks again: a dead job may have been retried
-                rows = self._execute(PRUNABLE % words, parameters).fetchall()
+                rows = self._rows(PRUNABLE % words, parameters)
                 seqs = [(row[0],) for row in rows if row[1]][:PRUNE_BATCH]
                 for statement in DELETE_JOB:
                     self._execute(statement, seqs, many=True)
@@ -2124,12 +2163,13 @@ class Queue:
             return (rows[-1][0] if len(rows) == PAGE else None), len(seqs)
         return (rows[-1][0] if len(rows) == PAGE else None), 0
 
-    def give_back_space(self, deleted: int) -> None:
-        """Shorten the file by the pages that deleted jobs have left free, a few at a time."""
-        while deleted > 0 and self._value("PRAGMA freelist_count") > 64:
-            self._execute("PRAGMA incremental_vacuum(64)").fetchall()
-            deleted -= 64
-            self._commits += 1
+    def give_back_space(self, steps: int) -> None:
+        """Shorten the file by the pages that deleted jobs have left free: by at most VACUUM_STEP
+        in a transaction, in at most so many of these."""
+        for _ in range(steps):
+            if self._value("PRAGMA freelist_count") < VACUUM_STEP:
+                break
+            self._rows("PRAGMA incremental_vacuum(%d)" % VACUUM_STEP)
             self.checkpoint()
 
     def pause(self, queue: str | None = None) -> None:
@@ -2149,14 +2189,14 @@ class Queue:
 
     def paused(self) -> list[str]:
         """The names of the paused queues; EVERY_QUEUE stands for all."""
-        return [row[0] for row in self._execute("SELECT queue FROM paused ORDER BY queue")]
+        return [row[0] for row in self._rows("SELECT queue FROM paused ORDER BY queue")]
 
     # Settings.
 
     def settings(self) -> dict[str, float]:
         """The value of every setting."""
         values = {name: found.default for name, found in SETTINGS.items()}
-        for key, value in self._execute("SELECT key, value FROM config").fetchall():
+        for key, value in self._rows("SELECT key, value FROM config"):
             if key in SETTINGS:
                 values[key] = float(value)
         return values
@@ -2190,9 +2230,10 @@ class Queue:
         ring(self.bell_path(name))
 
     def wake(self, queue: str | None, count: int) -> None:
-        """Wake up to `count` idle workers that serve the queue (None: any queue)."""
-        if count > 0:
-            for row in self._execute(IDLE_WORKERS).fetchall():
+        """Wake up to `count` idle workers that serve the queue (None: any queue). A hint: it
+        comes after a commit, which its failure must not make look like one."""
+        with contextlib.suppress(QueueError):
+            for row in self._rows(IDLE_WORKERS) if count > 0 else ():
                 if queue is None or row["queues"] is None or queue in json.loads(row["queues"]):
                     self.ring(row["name"])
                     count -= 1
@@ -2225,14 +2266,14 @@ class Queue:
     def workers(self, supervisors: bool = False) -> list[WorkerInfo]:
         """The workers that are alive, and with `supervisors` their supervisors too."""
         return [WorkerInfo(**dict(row, queues=json.loads(row["queues"] or "null")))
-                for row in self._execute(SELECT_WORKERS).fetchall()
+                for row in self._rows(SELECT_WORKERS)
                 if (supervisors or row["slot"]) and is_held(self.lock_path(row["name"]))]
 
     def order_stop(self, order: int) -> list[WorkerInfo]:
         """Order every live worker and supervisor to stop: DRAIN, or NOW. Returns them."""
         with self._transaction():
             self._execute("UPDATE workers SET stop = max(stop, ?)", (order,))
-        found = self.workers(supervisors=True)
+        found = [info for info in self.workers(supervisors=True) if info.stop >= order]
         for info in found:
             self.ring(info.name)
         return found
@@ -2262,7 +2303,7 @@ class Queue:
         return settled, claim
 
     def _settle(self, result: Result, now: float) -> Settled | None:
-        row = self._execute(HELD_BY_RUN, {"seq": result.seq, "run": result.run}).fetchone()
+        row = self._row(HELD_BY_RUN, {"seq": result.seq, "run": result.run})
         if row is None:
             return None
         state, hold, attempts, run_after = next_state(
@@ -2289,8 +2330,8 @@ class Queue:
     def _claim(self, worker: str, lock: str, now: float) -> Claim | None:
         if self._value(IS_DUE, {"now": now}):
             self._execute(MOVE_DUE, {"now": now})
-        row = self._execute(
-            NEXT_OF_EVERY_QUEUE if self._serves_every else NEXT_OF_SERVED).fetchone()
+        row = self._row(
+            NEXT_OF_EVERY_QUEUE if self._serves_every else NEXT_OF_SERVED)
         if row is None:
             return None
         settings = self.settings()
@@ -2328,7 +2369,7 @@ class Queue:
     def orphans(self) -> list[sqlite3.Row]:
         """The runs whose worker is dead: seq, id, run, worker, lock, started_at."""
         alive: dict[str, bool] = {}
-        rows = self._execute(ORPHANS).fetchall()
+        rows = self._rows(ORPHANS)
         for row in rows:
             name = row["worker"]
             if name not in alive:
@@ -2344,28 +2385,28 @@ class Queue:
 
     def sweep(self) -> None:
         """Delete what dead workers have left: rows, and files of theirs that no run needs."""
-        running = {row["worker"] for row in self._execute(ORPHANS).fetchall()}
-        dead = [row["name"] for row in self._execute("SELECT name FROM workers").fetchall()
-                if row["name"] not in running and not is_held(self.lock_path(row["name"]))]
-        for name in dead:
-            self.unregister(name)
+        names = {row["name"] for row in self._rows("SELECT name FROM workers")}
         try:
             files = os.listdir(self.folder)
         except OSError:
-            return
+            files = []
+        names.update(file.partition(".")[0] for file in files)
+        dead = {name for name in names if not is_held(self.lock_path(name))}
+        # The dead claim no more: what they run now is all that they will ever have run.
+        dead -= {row["worker"] for row in self._rows(ORPHANS)}
+        for row in self._rows("SELECT name FROM workers"):
+            if row["name"] in dead:
+                self.unregister(row["name"])
         for file in files:
             owner, _, kind = file.partition(".")
             path = os.path.join(self.folder, file)
-            if kind == "lock":
-                if owner not in running:
-                    sweep(path)
-            elif kind == "out":
-                if self._value("SELECT 1 FROM runs WHERE run = ? AND outcome IS NULL",
-                               (owner,)) is None:
+            if kind == "out":
+                if not self._rows("SELECT 1 FROM runs WHERE run = ? AND outcome IS NULL", (owner,)):
                     remove(path)
-            elif kind == "bell" or kind.isdigit():
-                if owner not in running and not is_held(self.lock_path(owner)):
-                    remove(path)
+            elif owner in dead and kind == "lock":
+                sweep(path)
+            elif owner in dead and (kind == "bell" or kind.isdigit()):
+                remove(path)
 
 
 class _Batch:
@@ -2375,13 +2416,16 @@ class _Batch:
         self.first = 0
         self.ready: dict[str, int] = {}  # queue: jobs that can run at once
         self.instead: dict[int, str] = {}  # number of a row: the id that counts instead
-        self.waiting: list[tuple[str, str]] = []  # (id, after)
+        self.waiting: list[tuple[str, str, str]] = []  # (id, after, place)
 
     def add(self, row: tuple[Any, ...]) -> None:
         if row[10]:
-            self.waiting.append((row[0], row[10]))
+            self.waiting.append((row[0], row[10], row[16]))
         if row[6] == READY:
-            self.ready[row[2]] = self.ready.get(row[2], 0) + 1
+            self.count_ready(row[2])
+
+    def count_ready(self, queue: str) -> None:
+        self.ready[queue] = self.ready.get(queue, 0) + 1
 
 
 class _Spool:
@@ -2393,6 +2437,10 @@ class _Spool:
         self._chunks: list[list[tuple[Any, ...]]] = [[]]
         self._file: IO[bytes] | None = None
         self._length = 0
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def __len__(self) -> int:
         return self._length
@@ -2560,7 +2608,7 @@ class LiveOutput:
                 break
             data += part
         # The writer may be in the middle of a chunk that the header does not show yet.
-        safe = self._header()[1] + CHUNK - LIVE_RING if end > LIVE_RING - CHUNK else 0
+        safe = self._header()[1] + CHUNK - LIVE_RING
         data = data[max(0, safe - start):]
         start = max(start, min(safe, end))
         missed, self.position = start - self.position, start + len(data)
@@ -2653,6 +2701,7 @@ class Execution:
             if self._outcome is None and not succeeded:
                 child.terminate(force=False)  # what is left of its group; the leader is a zombie
                 self._outcome = "failed"
+                self._timeout_at = math.inf
                 self._kill_at = now + self._grace
             self._exit = child.reap()
             self._record_at = math.inf
@@ -2755,6 +2804,10 @@ class StartOptions(Record):
     via: str | None
     quiet: bool
     log: str | None
+    identity: str | None = None  # of the database, once it has been seen
+
+    def open(self, durable: bool = True) -> Queue:
+        return Queue(self.path, durable=durable, expect=self.identity)
 
 
 class Log:
@@ -2821,7 +2874,6 @@ class Worker:
         self._supervisor = supervisor
         self._slot = slot
         self._orders = orders
-        self._name = new_id()
         self._level = RUN
         self._log = Log(options, "worker %d" % slot)
         self._leftovers: dict[int, Child] = {}  # pipes that outlived their job: drained, too
@@ -2844,7 +2896,7 @@ class Worker:
         try:
             while True:
                 try:
-                    with Queue(self._options.path, durable=False) as self._queue:
+                    with self._options.open(durable=False) as self._queue:
                         self._enter()
                         try:
                             self._work()
@@ -2865,6 +2917,7 @@ class Worker:
 
     def _enter(self) -> None:
         queue = self._queue
+        self._name = new_id()  # a new one each time: what an aborted entry left is an orphan
         self._held = hold(queue.lock_path(self._name))
         self._bell = Bell(queue.bell_path(self._name))
         self._waiter.watch(self._bell.fd)
@@ -2879,9 +2932,9 @@ class Worker:
         with contextlib.suppress(QueueError):
             queue.unregister(self._name)
         self._waiter.unwatch(self._bell.fd)
-        for path in (queue.bell_path(self._name), queue.lock_path(self._name),
-                     os.path.join(queue.folder, self._lock.name)):
+        for path in (queue.bell_path(self._name), os.path.join(queue.folder, self._lock.name)):
             remove(path)
+        release(queue.lock_path(self._name), self._held)
 
     def _raise_level(self, level: int) -> None:
         self._level = max(self._level, level)
@@ -2912,21 +2965,35 @@ class Worker:
         tried again until it can."""
         while True:
             try:
+                able = self._level == RUN and self._new_lock()
                 settled, claim = self._queue.turn(
-                    result, self._name if self._level == RUN else None, self._lock.name)
+                    result, self._name if able else None, self._lock.name)
             except DatabaseUnavailable as error:
-                if not self._complained:
-                    self._log.warn("%s; trying again every second" % error)
-                    self._complained = True
+                self._complain("%s; trying again every second" % error)
                 if self._level == NOW:
                     raise
-                self._queue.check_in_place()
+                self._look_around()
                 self._sleep(time.monotonic() + TICK)
                 continue
-            self._complained = False
+            if able:
+                self._complained = False
             if result is not None:
                 self._tell(result, settled)
             return claim
+
+    def _new_lock(self) -> bool:
+        """Have a lock for a next run. A result must be settled also where that fails."""
+        try:
+            self._lock.renew()
+            return True
+        except OSError as error:
+            self._complain("cannot lock a file for the next job: %s" % error)
+            return False
+
+    def _complain(self, text: str) -> None:
+        if not self._complained:
+            self._log.warn(text)
+        self._complained = True
 
     def _tell(self, result: Result, settled: Settled | None) -> None:
         if settled is not None and self._options.quiet:
@@ -2979,7 +3046,6 @@ class Worker:
                 self._leftovers[child.fd] = child
                 if len(self._leftovers) > MOST_LEFTOVERS:
                     self._close_pipe(self._leftovers.pop(next(iter(self._leftovers))))
-        self._lock.renew()
         return execution, result
 
     def _attend(self, execution: Execution) -> Result:
@@ -3064,9 +3130,12 @@ class Worker:
     def _look_around(self) -> None:
         """See what a bell, or a lost one, should have told. QueueError: the file is gone."""
         self._rung = False
-        self._queue.check_in_place()
+        queue = self._queue
+        queue.check_in_place()
+        if not same_file(self._held, queue.lock_path(self._name)):
+            raise QueueError("%s has been deleted; stopping" % queue.folder)
         with contextlib.suppress(DatabaseUnavailable):
-            self._raise_level(self._queue.ordered(self._name))
+            self._raise_level(queue.ordered(self._name))
 
     def _keep_house(self) -> None:
         """Delete completed jobs past their time: a small step now and then, so that it never
@@ -3079,7 +3148,7 @@ class Worker:
         deleted = 0
         if keep:
             reached, deleted = queue.prune_some(("completed",), now - keep, self._kept_until)
-            queue.give_back_space(deleted)
+            queue.give_back_space(1)
         self._kept_until = reached or 0
         if reached is None:
             queue.fold_stats(now)
@@ -3153,27 +3222,25 @@ class Supervisor:
         return 1 if self._failed else 0
 
     def _enter(self) -> None:
-        with Queue(self._options.path) as queue:
-            self._path = queue.path
+        with self._options.open() as queue:
             queue.require_safe()
-            self._identity = queue.identity()
+            self._options.identity = queue.identity()
             self._held = hold(queue.lock_path(self._name))
             self._bell = Bell(queue.bell_path(self._name))
-            self._files = (queue.lock_path(self._name), queue.bell_path(self._name))
             rescue(queue, self._log.warn)
             queue.sweep()
             queue.register(self._name, self._name, 0, self._options.count, self._options.queues)
         self._waiter.watch(self._bell.fd)
         self._log.event("%d worker%s on %s%s; Ctrl-C or `worker stop` ends %s" % (
-            self._options.count, "s" * (self._options.count > 1), self._path,
+            self._options.count, "s" * (self._options.count > 1), self._options.path,
             self._options.queues and " (queues: %s)" % ", ".join(self._options.queues) or "",
             "them" if self._options.count > 1 else "it"))
 
     def _leave(self) -> None:
-        with contextlib.suppress(QueueError), Queue(self._path) as queue:
+        with contextlib.suppress(QueueError), self._options.open() as queue:
             queue.unregister(self._name)
-        for path in self._files:
-            remove(path)
+            remove(queue.bell_path(self._name))
+            release(queue.lock_path(self._name), self._held)
 
     def _start(self, slot: int) -> None:
         seat = self._seats[slot]
@@ -3193,7 +3260,7 @@ class Supervisor:
         ready = self._waiter.wait(min(until, TICK) if pauses else until)
         if self._bell.fd in ready or -1 in ready or pauses:
             self._bell.clear()
-            with contextlib.suppress(QueueError), Queue(self._path) as queue:
+            with contextlib.suppress(QueueError), self._options.open() as queue:
                 self._order(queue.ordered(self._name))
 
     def _judge_signals(self) -> None:
@@ -3254,9 +3321,7 @@ class Supervisor:
 
     def _rescue(self) -> None:
         try:
-            with Queue(self._path) as queue:
-                if queue.identity() != self._identity:
-                    raise QueueError("%s has been replaced; stopping" % self._path)
+            with self._options.open() as queue:
                 rescue(queue, self._log.warn)
                 queue.sweep()
         except DatabaseUnavailable as error:  # an idle worker will do it
@@ -3282,8 +3347,8 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str |
     while left:
         left = [info for info in left if is_held(queue.lock_path(info.name))]
         if left and time.monotonic() >= until:
-            raise TimeoutExpired("%d workers are still running; `worker stop --now` ends their "
-                                 "jobs" % sum(info.slot > 0 for info in left))
+            raise TimeoutExpired("not all workers have stopped yet; `worker stop --now` ends "
+                                 "their jobs")
         time.sleep(0.01)
     rescue(queue, lambda text: None)
     return sum(info.slot > 0 for info in found)
@@ -3391,15 +3456,15 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
     TimeoutExpired; QueueError for a job that does not exist."""
     until = math.inf if timeout is None else time.monotonic() + timeout
     last, since = queue.last_seq(), time.time()
-    open_jobs = {id: queue.get(id) for id in ids}
-    total = len(open_jobs) or queue.progress(last, since, own_job)[0]
+    open_jobs = [queue.get(id).id for id in dict.fromkeys(ids) if id != own_job]
+    total = len(open_jobs) if ids else queue.progress(last, since, own_job)[0]
     failed = 0
     while True:
         if ids:
             for id in list(open_jobs):
                 job = queue.get(id)
                 if job.state in ENDED or queue.stuck(job):
-                    del open_jobs[id]
+                    open_jobs.remove(id)
                     failed += job.state != "completed"
             left = len(open_jobs)
         else:
@@ -3454,16 +3519,19 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], coloured: int = -
         page.append([printable(cell) for cell in row])
         if len(page) == PAGE:
             break
-    widths = [max([len(head)] + [min(len(row[column]), 40) for row in page])
-              for column, head in enumerate(heads)]
+    longest = 40 if is_terminal(sys.stdout) else 255
+    widths = [max([len(head)] + [min(len(row[column]), longest if column else 255)
+                                 for row in page]) for column, head in enumerate(heads)]
 
     def line(cells: Sequence[str], painted: bool) -> str:
         text, used = "", 0
         for column, cell in enumerate(cells):
+            if used >= room:
+                break
             limit = room - used if column == len(cells) - 1 else \
                 min(widths[column], max(1, room - used))
             if len(cell) > limit:
-                cell = cell[:max(0, limit - 1)] + "\u2026" if limit > 0 else ""
+                cell = cell[:limit - 1] + "\u2026"
             padded = cell if column == len(cells) - 1 else cell.ljust(limit) + "  "
             if painted and column == coloured:
                 padded = colour(padded, COLOURS.get(cell.strip()))
@@ -3776,9 +3844,10 @@ def read_jobs(file: BinaryIO) -> Iterator[tuple[str, Any]]:
             try:
                 job, position = decoder.raw_decode(array, begin)
             except (ValueError, RecursionError) as error:
-                if len(array) - begin > 4 * 1024 ** 2 or isinstance(error, RecursionError):
-                    raise QueueError("%sbroken JSON: %s" % (place, error)) from None
-                break  # perhaps the rest is on the next line
+                if getattr(error, "pos", 0) < len(array.rstrip()):
+                    raise QueueError("%sbroken JSON: %s" % (
+                        place, getattr(error, "msg", error))) from None
+                break  # the rest is on the next line
             opening = False
             yield place, job
             while array[position:position + 1].isspace():
@@ -3975,7 +4044,7 @@ def gather_status(queue: Queue) -> Status:
 
 
 @command(
-    "status", "is it going well?", "queuectl.py status --watch", JSON,
+    "status", "whether it is going well", "queuectl.py status --watch", JSON,
     option("--watch", action="store_true", help="redraw every second, until Ctrl-C"))
 def cmd_status(args: argparse.Namespace) -> None:
     with Queue(args.db) as queue:
@@ -4100,7 +4169,7 @@ def cmd_dlq_retry(args: argparse.Namespace) -> None:
         raise UsageError("name the jobs to retry, or --all")
     with Queue(args.db) as queue:
         if args.all:
-            say("%d jobs are pending again" % queue.retry_all(say))
+            say("pending again: %d" % queue.retry_all(say))
         else:
             queue.retry(args.id)
 
@@ -4110,7 +4179,7 @@ def cmd_dlq_retry(args: argparse.Namespace) -> None:
                 help="only those that died longer ago"))
 def cmd_dlq_purge(args: argparse.Namespace) -> None:
     with Queue(args.db) as queue:
-        say("%d dead jobs deleted" % queue.prune(("dead",), args.older_than))
+        say("deleted: %d" % queue.prune(("dead",), args.older_than))
 
 
 @command("config list", "every setting", "queuectl.py config list")
@@ -4167,7 +4236,7 @@ def cmd_resume(args: argparse.Namespace) -> None:
     option("--state", choices=ENDED, help="only these: " + ", ".join(ENDED), metavar="STATE"))
 def cmd_prune(args: argparse.Namespace) -> None:
     with Queue(args.db) as queue:
-        say("%d jobs deleted" % queue.prune([args.state] if args.state else ENDED,
+        say("deleted: %d" % queue.prune([args.state] if args.state else ENDED,
                                             args.older_than))
 
 
@@ -4296,26 +4365,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as a namespace: its command's options, `handler`, `db` and `exact`, the
     words behind `--`. UsageError; SystemExit for --help and --version."""
     argv, exact = list(argv), []
-    if "--" in argv:
-        at = argv.index("--")
-        argv, exact = argv[:at], argv[at + 1:]
     words = [word for before, word in zip([""] + argv, argv)
              if word[:1] != "-" and before != "--db"]
     chosen = words[:2] if words[:1] and words[0] in GROUPS else words[:1]
-    if " ".join(chosen) not in COMMANDS:
+    if " ".join(chosen) not in COMMANDS or argv[0] in ("-h", "--help"):
         chosen = []
+    if chosen == ["enqueue"] and "--" in argv:
+        at = argv.index("--")
+        argv, exact = argv[:at], argv[at + 1:]
     args, unknown = build_parser(chosen).parse_known_args(argv)
+    if isinstance(getattr(args, "id", None), list) and not any(w[:1] == "-" for w in unknown):
+        args.id, unknown = args.id + unknown, []  # argparse gives up on ids behind an option
     if unknown:
         hint = "; a command with options of its own goes behind --" \
             if args.handler is cmd_enqueue else ""
         raise UsageError("unknown argument %s%s" % (unknown[0], hint))
-    if exact and args.handler is not cmd_enqueue:
-        for key in ("id", "queue", "value", "key"):
-            if isinstance(getattr(args, key, None), list):
-                getattr(args, key).extend(exact)
-                exact = []
-        if exact:
-            raise UsageError("unexpected argument %s" % exact[0])
     args.exact = exact
     args.db = getattr(args, "db", None)
     if args.db == "":
