@@ -702,6 +702,12 @@ if sys.platform == "win32":
         def renew(self) -> None:
             pass
 
+        def close(self) -> None:
+            pass
+
+        def discard(self) -> None:
+            pass
+
         def record(self, run: int, pid: int) -> None:
             pass
 
@@ -914,6 +920,8 @@ else:
             fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return False
+        except PermissionError:
+            return True  # never call dead whom one cannot ask
         try:
             fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
@@ -961,6 +969,7 @@ else:
         def __init__(self, prefix: str) -> None:
             self._prefix = prefix
             self._number = 0
+            self._left: list[str] = []  # files whose run ended, and that its tree still locks
             self.fd = -1
 
         @property
@@ -969,19 +978,32 @@ else:
 
         def renew(self) -> None:
             """Lock for a new run, with an open file description that no tree shares yet."""
-            if self.fd >= 0:
-                os.close(self.fd)
-                self.fd = -1
+            self.close()
+            while self._left:  # their runs have been settled by now
+                remove(self._left.pop())
             while True:
-                fd = create_file("%s.%d" % (self._prefix, self._number))
+                path = "%s.%d" % (self._prefix, self._number)
+                fd = create_file(path)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     os.close(fd)
+                    self._left.append(path)
                     self._number += 1
                     continue
                 self.fd = fd
                 return
+
+        def close(self) -> None:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+
+        def discard(self) -> None:
+            """Remove its files, once every run is settled."""
+            self.close()
+            for path in self._left + ["%s.%d" % (self._prefix, self._number)]:
+                remove(path)
 
         def record(self, run: int, pid: int) -> None:
             """Write down who leads the run's process group. Should the disk be full, the
@@ -1388,7 +1410,7 @@ COUNT_UNMET = """
     WHERE seq = :seq"""
 HAS_DEPENDANTS = "SELECT 1 FROM deps WHERE needs = :seq LIMIT 1"
 MEET_DEPENDANTS = """
-    UPDATE jobs SET unmet = unmet - 1,
+    UPDATE jobs SET unmet = unmet - 1, updated_at = :at,
         hold = CASE WHEN unmet > 1 THEN 3 WHEN run_after > :now THEN 1 ELSE 0 END
     WHERE seq IN (SELECT job FROM deps WHERE needs = :seq)"""
 BLOCKERS = """
@@ -1480,7 +1502,7 @@ WORK_LEFT = """
 IDLE_WORKERS = """
     SELECT name, queues FROM workers WHERE slot > 0
         AND name NOT IN (SELECT worker FROM runs WHERE outcome IS NULL)"""
-ORPHANS = """
+OPEN_RUNS = """
     SELECT seq, id, runs.run, worker, lock, started_at FROM runs JOIN jobs ON seq = job
     WHERE outcome IS NULL"""
 
@@ -1513,12 +1535,13 @@ COUNT_JOBS = """
     UNION ALL SELECT state, 0, queue, count(*) FROM jobs
         WHERE state IN ('completed', 'dead', 'cancelled') GROUP BY state, queue"""
 OLDEST_READY = """
-    SELECT created_at, updated_at, run_after FROM jobs WHERE seq =
+    SELECT updated_at, run_after FROM jobs WHERE seq =
         (SELECT min(+seq) FROM jobs WHERE state = 'pending' AND hold = 0)"""
 SELECT_WORKERS = """
     SELECT workers.*, jobs.id AS job, jobs.locked_at AS job_started_at
     FROM workers LEFT JOIN runs ON worker = name AND outcome IS NULL LEFT JOIN jobs ON seq = job
-    ORDER BY workers.started_at, workers.supervisor, workers.slot"""
+    ORDER BY (SELECT started_at FROM workers AS leader WHERE leader.name = workers.supervisor),
+        supervisor, slot"""
 
 
 # -- storage ------------------------------------------------------------------------------
@@ -1551,6 +1574,14 @@ def default_path() -> str:
     return os.path.join(folder, "queuectl.db")
 
 
+def resolve_path(path: str | None) -> str:
+    """The real path of a database: by default default_path(). QueueError."""
+    path = default_path() if path is None else path
+    if not path or "\0" in path:
+        raise QueueError("%s is not a path" % _shown(path))
+    return os.path.realpath(path)
+
+
 class Queue:
     """A queue: one SQLite database, which is created on first use.
 
@@ -1564,7 +1595,7 @@ class Queue:
 
     def __init__(self, path: str | None = None, *, durable: bool = True,
                  expect: str | None = None) -> None:
-        self.path = os.path.realpath(default_path() if path is None else path)
+        self.path = resolve_path(path)
         self.folder = self.path + "-run"
         self._durable = durable
         self._expect = expect
@@ -1627,6 +1658,11 @@ class Queue:
             raise QueueError("%s is a folder; name a file with --db" % self.path)
         if not stat.S_ISREG(status.st_mode):
             raise QueueError("%s is not a regular file" % self.path)
+        if 0 < status.st_size < 100:  # SQLite takes a single byte for nothing
+            raise QueueError("%s is not a database; name another file with --db" % self.path)
+        if not all(os.access(path, os.W_OK) for path in (self.path, os.path.dirname(self.path))):
+            raise QueueError("%s cannot be written; make the file and its folder writable"
+                             % self.path)
         if status.st_size:
             look = sqlite3.connect(_uri(self.path) + "?immutable=1&mode=ro", uri=True, timeout=0,
                                    isolation_level=None)
@@ -1786,6 +1822,7 @@ class Queue:
             flush(self._wal)
             write_at(self._marks, b"%031.9f" % start, 0)
         except OSError as error:
+            self._unsynced = time.monotonic() + 1 - SYNC_DELAY  # again in a second
             raise DatabaseUnavailable("cannot sync %s: %s" % (self.path, error.strerror)) from None
         self._unsynced = None
 
@@ -2045,7 +2082,7 @@ class Queue:
     def oldest_ready(self) -> float | None:
         """Since when (epoch seconds) the oldest job that could run has been waiting."""
         row = self._row(OLDEST_READY)
-        return max(from_iso(row["created_at"]), row["run_after"] or 0) if row else None
+        return max(from_iso(row["updated_at"]), row["run_after"] or 0) if row else None
 
     def stats(self, since: float = 0) -> list[tuple[str, str, int, float]]:
         """(queue, outcome, runs, seconds) of the runs that have ended since, by the minute;
@@ -2169,7 +2206,9 @@ class Queue:
         for _ in range(steps):
             if self._value("PRAGMA freelist_count") < VACUUM_STEP:
                 break
-            self._rows("PRAGMA incremental_vacuum(%d)" % VACUUM_STEP)
+            # execute() would stop after the first page: this is a query without columns
+            self._insist(lambda: self._db.executescript(
+                "PRAGMA incremental_vacuum(%d)" % VACUUM_STEP))
             self.checkpoint()
 
     def pause(self, queue: str | None = None) -> None:
@@ -2322,7 +2361,7 @@ class Queue:
         awakened = 0
         if state == "completed" and self._value(HAS_DEPENDANTS, {"seq": result.seq}):
             awakened = self._execute(
-                MEET_DEPENDANTS, {"seq": result.seq, "now": now}).rowcount
+                MEET_DEPENDANTS, {"seq": result.seq, "now": now, "at": iso(now)}).rowcount
         elif state == "pending" and hold == READY:
             awakened = 1
         return Settled(state=state, run_after=run_after, awakened=awakened)
@@ -2366,10 +2405,14 @@ class Queue:
 
     # Rescue.
 
+    def open_runs(self) -> list[sqlite3.Row]:
+        """The runs that have no outcome yet: seq, id, run, worker, lock, started_at."""
+        return self._rows(OPEN_RUNS)
+
     def orphans(self) -> list[sqlite3.Row]:
-        """The runs whose worker is dead: seq, id, run, worker, lock, started_at."""
+        """Those of the open runs whose worker is dead."""
         alive: dict[str, bool] = {}
-        rows = self._rows(ORPHANS)
+        rows = self.open_runs()
         for row in rows:
             name = row["worker"]
             if name not in alive:
@@ -2393,7 +2436,7 @@ class Queue:
         names.update(file.partition(".")[0] for file in files)
         dead = {name for name in names if not is_held(self.lock_path(name))}
         # The dead claim no more: what they run now is all that they will ever have run.
-        dead -= {row["worker"] for row in self._rows(ORPHANS)}
+        dead -= {row["worker"] for row in self.open_runs()}
         for row in self._rows("SELECT name FROM workers"):
             if row["name"] in dead:
                 self.unregister(row["name"])
@@ -2874,6 +2917,7 @@ class Worker:
         self._supervisor = supervisor
         self._slot = slot
         self._orders = orders
+        self._name = new_id()
         self._level = RUN
         self._log = Log(options, "worker %d" % slot)
         self._leftovers: dict[int, Child] = {}  # pipes that outlived their job: drained, too
@@ -2894,30 +2938,22 @@ class Worker:
         self._env = dict(os.environ)
         os.chdir(os.sep)
         try:
-            while True:
+            with self._options.open(durable=False) as self._queue:
+                self._enter()
                 try:
-                    with self._options.open(durable=False) as self._queue:
-                        self._enter()
-                        try:
-                            self._work()
-                        finally:
-                            self._leave()
-                    return 0
-                except DatabaseUnavailable as error:
-                    self._log.warn(str(error))
-                    if self._level != RUN:
-                        return FATAL
-                    time.sleep(TICK)
-        except QueueError as error:
+                    self._work()
+                finally:
+                    self._leave()
+            return 0
+        except DatabaseUnavailable as error:  # the supervisor tries again, in a while
             self._log.warn(str(error))
-            return FATAL
-        except OSError as error:
-            self._log.warn("cannot go on: %s" % error)
+            return 1
+        except (QueueError, OSError) as error:
+            self._log.warn(str(error))
             return FATAL
 
     def _enter(self) -> None:
         queue = self._queue
-        self._name = new_id()  # a new one each time: what an aborted entry left is an orphan
         self._held = hold(queue.lock_path(self._name))
         self._bell = Bell(queue.bell_path(self._name))
         self._waiter.watch(self._bell.fd)
@@ -2927,13 +2963,16 @@ class Worker:
         queue.register(self._name, self._supervisor, self._slot, 0, self._options.queues)
 
     def _leave(self) -> None:
-        """Forget this worker. What cannot be removed is swept by others once it is dead."""
+        """Forget this worker, but for what a run that it could not settle needs: that is left
+        to its rescuer. What cannot be removed is swept by others."""
         queue = self._queue
         with contextlib.suppress(QueueError):
-            queue.unregister(self._name)
+            if not any(row["worker"] == self._name for row in queue.open_runs()):
+                queue.unregister(self._name)
+                self._lock.discard()
+        self._lock.close()
         self._waiter.unwatch(self._bell.fd)
-        for path in (queue.bell_path(self._name), os.path.join(queue.folder, self._lock.name)):
-            remove(path)
+        remove(queue.bell_path(self._name))
         release(queue.lock_path(self._name), self._held)
 
     def _raise_level(self, level: int) -> None:
@@ -2952,6 +2991,7 @@ class Worker:
                     self._queue.wake(None, 1)  # two rings may have met one bell
                 awaited = False
                 execution, result = self._run(claim)
+                self._keep_house()
                 continue
             execution = result = None
             if self._level != RUN or (self._options.drain
@@ -3110,7 +3150,7 @@ class Worker:
             try:
                 self._queue.sync()
             except DatabaseUnavailable as error:
-                self._log.warn(str(error))
+                self._complain(str(error))
         return ready
 
     def _close_pipe(self, child: Child) -> None:
@@ -3143,16 +3183,19 @@ class Worker:
         if time.monotonic() < self._next_keeping:
             return
         queue, now = self._queue, time.time()
-        keep = queue.settings()["keep_completed"]
         reached: int | None = None
         deleted = 0
-        if keep:
-            reached, deleted = queue.prune_some(("completed",), now - keep, self._kept_until)
-            queue.give_back_space(1)
-        self._kept_until = reached or 0
-        if reached is None:
-            queue.fold_stats(now)
-        self._next_keeping = time.monotonic() + (HOUSEKEEPING if not deleted else 0.05)
+        self._next_keeping = time.monotonic() + HOUSEKEEPING
+        with contextlib.suppress(DatabaseUnavailable):
+            keep = queue.settings()["keep_completed"]
+            if keep:
+                reached, deleted = queue.prune_some(("completed",), now - keep, self._kept_until)
+                queue.give_back_space(1)
+            self._kept_until = reached or 0
+            if reached is None:
+                queue.fold_stats(now)
+            if deleted:
+                self._next_keeping = time.monotonic() + 0.05
 
 
 def _worker_main(options: StartOptions, supervisor: str, slot: int, orders: Any,
@@ -3409,6 +3452,13 @@ def _follow_run(queue: Queue, run: int, live: bool) -> Iterator[bytes]:
             source.close()
 
 
+def require_log(path: str) -> None:
+    try:
+        os.close(create_file(path, os.O_APPEND))
+    except OSError as error:
+        raise QueueError("cannot write the log %s: %s" % (path, error.strerror)) from None
+
+
 def start_detached(options: StartOptions, ensure: bool) -> tuple[int, str]:
     """Start workers in the background, and return once they run: (how many, their log).
     With `ensure`, only those that are missing to make `count` for this choice of queues; two
@@ -3416,7 +3466,8 @@ def start_detached(options: StartOptions, ensure: bool) -> tuple[int, str]:
     import subprocess
     with Queue(options.path) as queue:
         queue.require_safe()
-        log = os.path.join(queue.folder, "worker.log")
+        log = options.log or os.path.join(queue.folder, "worker.log")
+        require_log(log)
         with exclusive(os.path.join(queue.folder, "ensure")):
             count = options.count
             if ensure:
@@ -3483,12 +3534,16 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
 
 COLOURS = {"processing": "36", "completed": "32", "dead": "31", "cancelled": "35",
            "failed": "33", "scheduled": "34", "blocked": "33"}
-WAITED_LONG = 10.0  # seconds after which `status` warns that nobody serves what waits
+UNLIMITED = 10000  # columns of what is no terminal
 
 
 def say(text: str) -> None:
     """A note for people: on stderr, so that stdout carries data only."""
     print("queuectl: " + printable(text), file=sys.stderr)
+
+
+def counted(number: int, noun: str) -> str:
+    return "%d %s%s" % (number, noun, "" if number == 1 else "s")
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -3500,13 +3555,20 @@ def is_terminal(stream: TextIO) -> bool:
 
 def width() -> int:
     import shutil
-    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else 10000
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else UNLIMITED
 
 
 def colour(text: str, code: str | None) -> str:
     if code is None or not is_terminal(sys.stdout) or os.environ.get("NO_COLOR"):
         return text
     return "\x1b[%sm%s\x1b[0m" % (code, text)
+
+
+def clipped(line: str, columns: int) -> str:
+    """A line that fits, without its colours where it has to be cut."""
+    import re
+    plain = re.sub("\x1b[^m]*m", "", line)
+    return line if len(plain) <= columns else plain[:columns]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], coloured: int = -1,
@@ -3519,25 +3581,22 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], coloured: int = -
         page.append([printable(cell) for cell in row])
         if len(page) == PAGE:
             break
-    longest = 40 if is_terminal(sys.stdout) else 255
-    widths = [max([len(head)] + [min(len(row[column]), longest if column else 255)
-                                 for row in page]) for column, head in enumerate(heads)]
+    widths = [max([len(head)] + [len(row[column]) for row in page])
+              for column, head in enumerate(heads)]
+    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 4:
+        # The last column gives way first, then the widest.
+        last = len(widths) - 1
+        widths[last if widths[last] > 12 else widths.index(max(widths))] -= 1
 
     def line(cells: Sequence[str], painted: bool) -> str:
-        text, used = "", 0
-        for column, cell in enumerate(cells):
-            if used >= room:
-                break
-            limit = room - used if column == len(cells) - 1 else \
-                min(widths[column], max(1, room - used))
-            if len(cell) > limit:
+        texts = []
+        for column, (cell, limit) in enumerate(zip(cells, widths)):
+            if len(cell) > limit and (column < len(widths) - 1 or room < UNLIMITED):
                 cell = cell[:limit - 1] + "\u2026"
-            padded = cell if column == len(cells) - 1 else cell.ljust(limit) + "  "
-            if painted and column == coloured:
-                padded = colour(padded, COLOURS.get(cell.strip()))
-            text += padded
-            used += widths[column] + 2
-        return text.rstrip()
+            text = cell.ljust(limit) if column < len(widths) - 1 else cell
+            texts.append(colour(text, COLOURS.get(cell)) if painted and column == coloured
+                         else text)
+        return "  ".join(texts).rstrip()
 
     yield line(heads, False)
     for row in page:
@@ -3620,7 +3679,7 @@ class Status(Record):
     paused: list[str]
     workers: list[WorkerInfo]
     oldest_ready_seconds: float | None
-    minute: dict[str, float]
+    runs_per_minute: float
     hour: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -3661,8 +3720,8 @@ def status_sheet(status: Status, now: float, most: int = 0) -> Iterator[str]:
     if status.oldest_ready_seconds is not None:
         yield "waiting   the oldest ready job for " + format_age(status.oldest_ready_seconds)
     if status.hour["runs"]:
-        yield "rate      %d runs in the last minute, %d in the last hour, %d of these failed" % (
-            status.minute["runs"], status.hour["runs"], status.hour["failed"])
+        yield "rate      %.3g runs a minute; %d in the last hour, %d of these failed" % (
+            status.runs_per_minute, status.hour["runs"], status.hour["failed"])
         yield "duration  %s on average" % format_age(status.hour["mean_seconds"])
     if len(status.queues) > 1 or status.paused:
         yield ""
@@ -3788,16 +3847,17 @@ def own_job(queue: Queue) -> str | None:
 def read_word(word: str) -> dict[str, Any]:
     """One word on the command line: a JSON job, or a shell command line."""
     text = word.lstrip()
-    if text[:1] == "{":
-        inside = text[1:].lstrip()
-        if inside[:1] in ('"', "}"):
-            return dict(parse_json(text))
-        if not text[1:2].isspace():
-            raise QueueError(
-                "%s is neither JSON nor a command; some shells (PowerShell) take the quotes out "
-                "of JSON: use options instead, as in: enqueue --id job1 \"sleep 2\""
-                % _shown(word))
+    if text[:1] == "{" and text[1:].lstrip()[:1] in ('"', "}"):
+        return dict(parse_json(text))
+    refuse_bare_braces(text)
     return {"command": word}
+
+
+def refuse_bare_braces(text: str) -> None:
+    if text[:1] == "{" and not text[1:2].isspace():
+        raise QueueError("%s is neither JSON nor a command; some shells (PowerShell) take the "
+                         "quotes out of JSON: use options instead, as in: enqueue --id job1 "
+                         "\"sleep 2\"" % _shown(text))
 
 
 def parse_json(text: str) -> Any:
@@ -3805,6 +3865,11 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise QueueError("broken JSON: %s" % error) from None
+
+
+def read_file(path: str) -> Iterator[tuple[str, Any]]:
+    with open(path, "rb") as file:
+        yield from read_jobs(file)
 
 
 def read_jobs(file: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -3882,8 +3947,9 @@ def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
             job = {**defaults, **own}
             if "delay" in own or "run_at" in own:  # either is the job's own choice
                 job.update(delay=own.get("delay"), run_at=own.get("run_at"))
-            if isinstance(own.get("env"), dict) and "env" in defaults:
-                job["env"] = {**defaults["env"], **own["env"]}
+            if "env" in own and "env" in defaults:
+                with contextlib.suppress(QueueError):  # which will be raised where it is stored
+                    job["env"] = {**defaults["env"], **parse_env(own["env"])}
         yield place, job
     if live and number >= 10000:
         print("\r\x1b[K", end="", file=sys.stderr)
@@ -3925,6 +3991,8 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
         raise UsageError("give one job, or words after --, or --file FILE")
     if args.file is not None and args.id is not None:
         raise UsageError("--id names one job; with --file each job has its own")
+    if len(words) > 1:
+        refuse_bare_braces(words[0])
     if len(words) > 1 or exact:
         jobs: Iterable[tuple[str, Any]] = [("", {"command": quoted(words or exact)})]
     elif words:
@@ -3932,19 +4000,20 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
     elif args.file == "-":
         jobs = read_jobs(sys.stdin.buffer)
     else:
-        try:
-            jobs = read_jobs(open(args.file, "rb"))
-        except (OSError, ValueError) as error:
-            raise QueueError("cannot read %s: %s" % (
-                args.file, getattr(error, "strerror", None) or error)) from None
+        jobs = read_file(args.file)
+    import itertools
     skipped: list[str] = []
     with Queue(args.db) as queue:
         try:
             ids = queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), say)
-        except OSError as error:
-            raise QueueError("cannot read %s: %s" % (args.file, error.strerror)) from None
-        for id in ids:
-            print(id)
+        except (OSError, ValueError) as error:
+            raise QueueError("cannot read %s: %s" % (
+                args.file, getattr(error, "strerror", None) or error)) from None
+        while True:
+            page = list(itertools.islice(ids, PAGE))
+            if not page:
+                break
+            print("\n".join(page))
     if skipped:
         say("%d job%s skipped, which had ended already: %s" % (
             len(skipped), " was" if len(skipped) == 1 else "s were", " ".join(skipped[:5])))
@@ -3984,13 +4053,16 @@ def quoted(words: Sequence[str]) -> str:
     option("--log", metavar="FILE", help="log to FILE, of bounded size, instead of stderr"))
 def cmd_worker_start(args: argparse.Namespace) -> int:
     options = StartOptions(
-        path=os.path.realpath(default_path() if args.db is None else args.db), count=args.count,
-        drain=args.drain, queues=args.queue, via=args.via, quiet=args.quiet,
-        log=args.log and os.path.abspath(args.log))
+        path=resolve_path(args.db), count=args.count, drain=args.drain, queues=args.queue,
+        via=args.via, quiet=args.quiet, log=args.log and os.path.abspath(args.log))
     if not (args.detach or args.ensure):
+        if options.log:
+            require_log(options.log)
         return Supervisor(options).run()
     count, log = start_detached(options, args.ensure)
-    say("%d worker%s started on %s; log: %s" % (count, "s" * (count != 1), options.path, log)
+    if args.quiet and not count:
+        return 0
+    say("%s started on %s; log: %s" % (counted(count, "worker"), options.path, log)
         if count else "enough workers run on %s; log: %s" % (options.path, log))
     return 0
 
@@ -4004,7 +4076,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 def cmd_worker_stop(args: argparse.Namespace) -> None:
     with Queue(args.db) as queue:
         count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue))
-        say("%d worker%s stopped" % (count, "s" * (count != 1)) if count else
+        say(counted(count, "worker") + " stopped" if count else
             "no worker runs on %s" % queue.path)
 
 
@@ -4040,7 +4112,9 @@ def gather_status(queue: Queue) -> Status:
         database=queue.path, jobs=counts, queues=queues, paused=queue.paused(),
         workers=queue.workers(),
         oldest_ready_seconds=None if oldest is None else round(max(0.0, now - oldest), 3),
-        minute=rates(queue.stats(now - 60)), hour=rates(queue.stats(now - 3600)))
+        # Stats are by the minute, so the last five began up to six minutes ago.
+        runs_per_minute=round(60 * rates(queue.stats(now - 300))["runs"] / (300 + now % 60), 3),
+        hour=rates(queue.stats(now - 3600)))
 
 
 @command(
@@ -4056,7 +4130,7 @@ def cmd_status(args: argparse.Namespace) -> None:
             warning = status_warning(status)
             lines = (lines + ["", "! " + warning] if warning else lines)[:size.lines - 1]
             sys.stdout.write("\x1b[H" + "".join(
-                (line if "\x1b" in line else line[:size.columns]) + "\x1b[K\n" for line in lines)
+                clipped(line, size.columns) + "\x1b[K\n" for line in lines)
                 + "\x1b[J")
             sys.stdout.flush()
             time.sleep(1)
@@ -4169,7 +4243,7 @@ def cmd_dlq_retry(args: argparse.Namespace) -> None:
         raise UsageError("name the jobs to retry, or --all")
     with Queue(args.db) as queue:
         if args.all:
-            say("pending again: %d" % queue.retry_all(say))
+            say("%s pending again" % counted(queue.retry_all(say), "job"))
         else:
             queue.retry(args.id)
 
@@ -4179,7 +4253,7 @@ def cmd_dlq_retry(args: argparse.Namespace) -> None:
                 help="only those that died longer ago"))
 def cmd_dlq_purge(args: argparse.Namespace) -> None:
     with Queue(args.db) as queue:
-        say("deleted: %d" % queue.prune(("dead",), args.older_than))
+        say("%s deleted" % counted(queue.prune(("dead",), args.older_than), "dead job"))
 
 
 @command("config list", "every setting", "queuectl.py config list")
@@ -4236,8 +4310,8 @@ def cmd_resume(args: argparse.Namespace) -> None:
     option("--state", choices=ENDED, help="only these: " + ", ".join(ENDED), metavar="STATE"))
 def cmd_prune(args: argparse.Namespace) -> None:
     with Queue(args.db) as queue:
-        say("deleted: %d" % queue.prune([args.state] if args.state else ENDED,
-                                            args.older_than))
+        states = [args.state] if args.state else ENDED
+        say("%s deleted" % counted(queue.prune(states, args.older_than), "job"))
 
 
 @command("metrics", "numbers for Prometheus", "queuectl.py metrics > queuectl.prom")
@@ -4250,9 +4324,11 @@ def cmd_metrics(args: argparse.Namespace) -> None:
 
 BASH_COMPLETION = """\
 _queuectl() {
-    local word name="" place=0 words="" current="${COMP_WORDS[COMP_CWORD]}"
+    local word skip="" name="" place=0 words="" current="${COMP_WORDS[COMP_CWORD]}"
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        [ -n "$skip" ] && { skip=""; continue; }
         case "$word" in
+            %(valued)s) skip="$word" ;;
             -*) ;;
             *) if [ $place -lt 2 ]; then
                    case " %(groups)s " in *" $name "*) name="$name $word"; place=2 ;;
@@ -4261,7 +4337,8 @@ _queuectl() {
         esac
     done
     case "${COMP_WORDS[COMP_CWORD-1]}" in
-        --state) COMPREPLY=($(compgen -W "%(states)s" -- "$current")); return ;;
+        --state) words="%(states)s"; [ "$name" = prune ] && words="%(ended)s"
+            COMPREPLY=($(compgen -W "$words" -- "$current")); return ;;
         --db|--file|--log|--cwd) COMPREPLY=($(compgen -f -- "$current")); return ;;
     esac
     case "$name" in
@@ -4310,12 +4387,21 @@ def cmd_completion(args: argparse.Namespace) -> None:
     if args.shell == "zsh":
         print("autoload -U +X bashcompinit && bashcompinit")
     print(BASH_COMPLETION % {
+        "valued": "|".join(sorted({"--db"} | {
+            flag for found in COMMANDS.values() for flags, details in found.options
+            for flag in flags if flag[0] == "-" and "action" not in details}
+            | {"--env", "--after", "--queue"})),
         "groups": " ".join(GROUPS), "states": " ".join(STATES + VIEWS),
-        "cases": "\n".join('        "%s") words="%s" ;;' % (name, " ".join(found))
+        "ended": " ".join(ENDED), "cases": "\n".join('        "%s") words="%s" ;;' % (name, " ".join(found))
                            for name, found in words.items())}, end="")
 
 
 # -- main ---------------------------------------------------------------------------------
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
@@ -4335,7 +4421,7 @@ def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
         return parser.add_subparsers(metavar="COMMAND", parser_class=Parser, required=True,
                                      dest="command")
 
-    parser = Parser(prog="queuectl.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(prog="queuectl.py", formatter_class=HelpFormatter,
                     description="A durable job queue for shell commands, in one file.",
                     epilog="example:\n  queuectl.py enqueue 'echo hello'\n"
                            "  queuectl.py worker start --count 2")
@@ -4353,7 +4439,7 @@ def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = (groups[group] if rest else top).add_parser(
             rest or name, help=found.help, description=found.help + ".",
             epilog="example:\n  " + found.example,
-            formatter_class=argparse.RawDescriptionHelpFormatter)
+            formatter_class=HelpFormatter)
         database(sub)
         for flags, details in found.options:
             sub.add_argument(*flags, **details)
@@ -4376,6 +4462,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args, unknown = build_parser(chosen).parse_known_args(argv)
     if isinstance(getattr(args, "id", None), list) and not any(w[:1] == "-" for w in unknown):
         args.id, unknown = args.id + unknown, []  # argparse gives up on ids behind an option
+    unknown = [word for word in unknown if word != "--"]
     if unknown:
         hint = "; a command with options of its own goes behind --" \
             if args.handler is cmd_enqueue else ""
@@ -4390,8 +4477,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit code. Prints, and never
     exits, but for a bug, whose traceback it lets through."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # the descriptor was closed when Python started
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:  # it was closed when Python started: nothing else may
+            with contextlib.suppress(OSError):  # be given its number
+                os.close(fd)
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
