@@ -52,7 +52,7 @@ from datetime import datetime
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO, Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NoReturn
-    from typing import Optional, Sequence, TextIO, TypeVar
+    from typing import Dict, Optional, Sequence, TextIO, Tuple, TypeVar
     T = TypeVar("T")
 
 __version__ = "1.0.0"
@@ -92,6 +92,7 @@ OUTCOMES = ("completed", "failed", "timeout", "cancelled", "interrupted", "lost"
 
 # Why a pending job is not handed out yet (column `hold`).
 READY, SCHEDULED, RETRYING, BLOCKED = range(4)
+HOLD_VIEWS = {SCHEDULED: "scheduled", RETRYING: "failed", BLOCKED: "blocked"}
 
 # Orders to a worker. They only ever rise.
 RUN, DRAIN, NOW = range(3)
@@ -154,7 +155,7 @@ class Job(Record):
     def view(self) -> str:
         """The state as people see it: `failed`, `scheduled` and `blocked` are pending."""
         if self.state == "pending" and self.hold != READY:
-            return {SCHEDULED: "scheduled", RETRYING: "failed", BLOCKED: "blocked"}[self.hold]
+            return HOLD_VIEWS[self.hold]
         return self.state
 
     def as_dict(self) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class WorkerInfo(Record):
     started_at: str
     job: str | None
     job_started_at: str | None
-    stop: int
+    stop: int  # an order
 
     def as_dict(self) -> dict[str, Any]:
         return {key: self.__dict__[key] for key in WORKER_KEYS}
@@ -243,7 +244,7 @@ class Settled(Record):
 JOB_KEYS = tuple(key for key in Job.__annotations__
                  if key not in ("seq", "hold", "run", "run_after", "cancel"))
 RUN_KEYS = tuple(key for key in Run.__annotations__ if key not in ("run", "number"))
-WORKER_KEYS = tuple(key for key in WorkerInfo.__annotations__ if key not in ("stop", "count"))
+WORKER_KEYS = tuple(key for key in WorkerInfo.__annotations__ if key != "count")
 
 
 def new_id() -> str:
@@ -397,7 +398,7 @@ def parse_size(value: Any) -> int:
         text, unit = digits, text[len(digits):]
     if unit not in SIZE_UNITS:
         raise QueueError("%s is not a size such as 65536, 64K or 1M" % _shown(value))
-    return parse_integer(0, 1024 ** 3)(_number(text) * SIZE_UNITS[unit])
+    return parse_integer(0, 256 * 1024 ** 2)(_number(text) * SIZE_UNITS[unit])
 
 
 def format_size(size: float) -> str:
@@ -452,6 +453,12 @@ def parse_name(value: Any) -> str:
     return value
 
 
+def parse_queue(value: Any) -> str:
+    if value == EVERY_QUEUE:
+        raise QueueError("%s is no name of a queue: it stands for all" % value)
+    return parse_name(value)
+
+
 def parse_cwd(value: Any) -> str:
     return os.path.abspath(parse_text(value))
 
@@ -487,7 +494,7 @@ def parse_after(value: Any) -> list[str]:
 FIELDS: dict[str, Callable[[Any], Any]] = {
     "id": parse_name,
     "command": parse_text,
-    "queue": parse_name,
+    "queue": parse_queue,
     "priority": parse_integer(-2 ** 31, 2 ** 31 - 1),
     "max_retries": parse_integer(0, 2 ** 31 - 1),
     "timeout": parse_duration,
@@ -793,8 +800,8 @@ if sys.platform == "win32":
         def clear(self) -> None:
             pass
 
-    def ring(path: str) -> None:
-        pass
+    def ring(path: str) -> bool:
+        return os.path.exists(path[:-len("bell")] + "lock")
 
     class Waiter:
         """Sleeps in steps of 50 ms, for want of FIFOs and of signals that wake."""
@@ -950,11 +957,18 @@ else:
 
     @contextlib.contextmanager
     def exclusive(path: str) -> Iterator[None]:
-        """One process at a time; the others wait. (flock is inherited: start what outlives
-        this with the descriptor closed, as subprocess does.)"""
-        fd = create_file(path)
+        """One process at a time; the others wait for half a minute. (flock is inherited: start
+        what outlives this with the descriptor closed, as subprocess does.) QueueError."""
+        fd, until = create_file(path), time.monotonic() + 30
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise QueueError("another process has held %s for 30 s" % path) from None
+                    time.sleep(0.02)
             yield
         finally:
             os.close(fd)
@@ -1130,15 +1144,16 @@ else:
         for pause in (0, 1, 2, 5, 10, 20, 50, 100, 200, 400):  # ms for the dead to be reaped
             time.sleep(pause / 1000)
             processes, group, doubt = _tree(path, run, job)
-            if not processes and group is None:
-                return doubt
+            if not processes and group is None and doubt is None:
+                return None
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if group is not None:
                     os.killpg(group, signal.SIGKILL)
             for pid in processes:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
-        return "process %d, which does not die" % (processes[0] if processes else group or 0)
+        # What is dying shows its files no more, but holds its flock: a doubt may pass.
+        return doubt or "process %d, which does not die" % (processes or [group or 0])[0]
 
     class Child:
         """One spawned command: the leader of a session and process group of its own, with
@@ -1227,14 +1242,16 @@ else:
             with contextlib.suppress(BlockingIOError):
                 os.read(self.fd, 65536)
 
-    def ring(path: str) -> None:
-        """Ring the bell at `path`, if anybody listens there."""
-        with contextlib.suppress(OSError):
+    def ring(path: str) -> bool:
+        """Ring the bell at `path`; whether anybody listens there."""
+        try:
             fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-            try:
-                os.write(fd, b"!")
-            finally:
-                os.close(fd)
+        except OSError:
+            return False
+        with contextlib.suppress(BlockingIOError):  # it has rung often enough
+            os.write(fd, b"!")
+        os.close(fd)
+        return True
 
     class Waiter:
         """The one place where a process sleeps: until a watched descriptor can be read, a
@@ -1410,7 +1427,8 @@ COUNT_UNMET = """
     WHERE seq = :seq"""
 HAS_DEPENDANTS = "SELECT 1 FROM deps WHERE needs = :seq LIMIT 1"
 MEET_DEPENDANTS = """
-    UPDATE jobs SET unmet = unmet - 1, updated_at = :at,
+    UPDATE jobs SET unmet = unmet - 1,
+        updated_at = CASE state WHEN 'pending' THEN :at ELSE updated_at END,
         hold = CASE WHEN unmet > 1 THEN 3 WHEN run_after > :now THEN 1 ELSE 0 END
     WHERE seq IN (SELECT job FROM deps WHERE needs = :seq)"""
 BLOCKERS = """
@@ -1915,21 +1933,22 @@ class Queue:
             except QueueError as error:
                 raise QueueError("%s%s" % (place, error)) from None
         stored = _Batch()
-        with self._transaction():
+        with self._transaction():  # nothing in here may wait for anybody
             stored.first = (self._value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
                             or 0) + 1
             for rows in spool:
-                self._insert(rows, stored, note)
+                self._insert(rows, stored)
             if stored.waiting:
                 self._link(stored, now)
+        for text in stored.notes:
+            note(text)
         if len(spool) >= PAGE:
             self.checkpoint()
         for queue, count in stored.ready.items():
             self.wake(queue, count)
         return (stored.instead.get(row[15], row[0]) for rows in spool for row in rows)
 
-    def _insert(self, rows: list[tuple[Any, ...]], stored: _Batch,
-                note: Callable[[str], None]) -> None:
+    def _insert(self, rows: list[tuple[Any, ...]], stored: _Batch) -> None:
         """Insert rows, all at once where nothing stands in the way."""
         if not any(row[11] for row in rows):
             self._execute("SAVEPOINT rows")
@@ -1946,7 +1965,8 @@ class Queue:
         for row in rows:
             active = row[11] and self._value(ACTIVE_WITH_KEY, {"key": row[11]})
             if active:
-                note("%s has the key %s and has not ended; nothing stored" % (active, row[11]))
+                stored.notes.append("%s has the key %s and has not ended; nothing stored"
+                                    % (active, row[11]))
                 stored.instead[row[15]] = active
                 continue
             given = row
@@ -2056,28 +2076,28 @@ class Queue:
         return os.path.join(self.folder, "%d.out" % run)
 
     def blocker(self, job: Job) -> tuple[str, str] | None:
-        """(id, state) of a job that this one waits for: a dead or cancelled one first."""
-        row = self._row(BLOCKERS, {"seq": job.seq})
+        """(id, state) of a job that a blocked one waits for: a dead or cancelled one first."""
+        row = self._row(BLOCKERS, {"seq": job.seq}) if job.view == "blocked" else None
         return (row["id"], row["state"]) if row else None
 
     def stuck(self, job: Job) -> bool:
         """Whether a job can never run as things are: one that it waits for has ended badly."""
         return job.view == "blocked" and bool(self._value(IS_STUCK, {"seq": job.seq}))
 
-    def count_rows(self) -> list[tuple[str, str, int]]:
-        """(state or view, queue, jobs); `pending` here means ready to run."""
-        return [(("pending", "scheduled", "failed", "blocked")[row["hold"]]
-                 if row["state"] == "pending" else row["state"], row["queue"], row["jobs"])
-                for row in self._rows(COUNT_JOBS)]
+    def counts_by_queue(self) -> dict[str, dict[str, int]]:
+        """For each queue, how many jobs there are in each of STATES, and (again) of VIEWS."""
+        queues: dict[str, dict[str, int]] = {}
+        for state, hold, queue, jobs in self._rows(COUNT_JOBS):
+            counts = queues.setdefault(queue, dict.fromkeys(STATES + VIEWS, 0))
+            counts[state] += jobs
+            if hold != READY:
+                counts[HOLD_VIEWS[hold]] += jobs
+        return queues
 
     def counts(self) -> dict[str, int]:
         """How many jobs there are in each of STATES, and (again) in each of VIEWS."""
-        counts = dict.fromkeys(STATES + VIEWS, 0)
-        for state, _, jobs in self.count_rows():
-            counts[state] += jobs
-            if state in VIEWS:
-                counts["pending"] += jobs
-        return counts
+        queues = self.counts_by_queue().values()
+        return {state: sum(row[state] for row in queues) for state in STATES + VIEWS}
 
     def oldest_ready(self) -> float | None:
         """Since when (epoch seconds) the oldest job that could run has been waiting."""
@@ -2147,16 +2167,18 @@ class Queue:
     def retry_all(self, note: Callable[[str], None] = lambda text: None) -> int:
         """Retry every dead job, and return how many. `note` gets a line for each whose unique
         key another job has: it stays dead."""
-        count = 0
+        refused = []
         with self._transaction():
-            for row in self._rows(MEMBERS["dead"]):
+            rows = self._rows(MEMBERS["dead"])
+            for row in rows:
                 try:
                     self._retry(row["seq"])
-                    count += 1
                 except QueueError as error:
-                    note(str(error))
-        self.wake(None, count)
-        return count
+                    refused.append(str(error))
+        for text in refused:
+            note(text)
+        self.wake(None, len(rows) - len(refused))
+        return len(rows) - len(refused)
 
     def _retry(self, seq: int) -> None:
         row = self._rows("SELECT id, unique_key FROM jobs WHERE seq = ?", (seq,))[0]
@@ -2189,16 +2211,15 @@ class Queue:
         words = ", ".join("'%s'" % state for state in ENDED if state in states)
         parameters = {"before": iso(before), "last": last, "limit": PAGE}
         rows = self._rows(PRUNABLE % words, parameters)
+        reached = rows[-1][0] if len(rows) == PAGE else None
+        seqs: list[tuple[int]] = []
         if any(row[1] for row in rows):
             with self._transaction():  # looks again: a dead job may have been retried
-                rows = self._rows(PRUNABLE % words, parameters)
-                seqs = [(row[0],) for row in rows if row[1]][:PRUNE_BATCH]
+                seqs = [(row[0],) for row in self._rows(PRUNABLE % words, parameters)
+                        if row[1]][:PRUNE_BATCH]
                 for statement in DELETE_JOB:
                     self._execute(statement, seqs, many=True)
-            if len(seqs) == PRUNE_BATCH:
-                return seqs[-1][0], len(seqs)
-            return (rows[-1][0] if len(rows) == PAGE else None), len(seqs)
-        return (rows[-1][0] if len(rows) == PAGE else None), 0
+        return (seqs[-1][0] if len(seqs) == PRUNE_BATCH else reached), len(seqs)
 
     def give_back_space(self, steps: int) -> None:
         """Shorten the file by the pages that deleted jobs have left free: by at most VACUUM_STEP
@@ -2215,7 +2236,7 @@ class Queue:
         """Hand out no more jobs of a queue, or of any."""
         with self._transaction():
             self._execute("INSERT OR IGNORE INTO paused VALUES (?)",
-                          (EVERY_QUEUE if queue is None else parse_name(queue),))
+                          (EVERY_QUEUE if queue is None else parse_queue(queue),))
 
     def resume(self, queue: str | None = None) -> None:
         """Hand out jobs again: of a queue, or (None) of every queue that was paused."""
@@ -2223,7 +2244,7 @@ class Queue:
             if queue is None:
                 self._execute("DELETE FROM paused")
             else:
-                self._execute("DELETE FROM paused WHERE queue = ?", (parse_name(queue),))
+                self._execute("DELETE FROM paused WHERE queue = ?", (parse_queue(queue),))
         self.wake(queue, 1000)
 
     def paused(self) -> list[str]:
@@ -2264,9 +2285,9 @@ class Queue:
     def bell_path(self, name: str) -> str:
         return os.path.join(self.folder, name + ".bell")
 
-    def ring(self, name: str) -> None:
-        """Wake a worker or a supervisor."""
-        ring(self.bell_path(name))
+    def ring(self, name: str) -> bool:
+        """Wake a worker or a supervisor; False if it is dead."""
+        return ring(self.bell_path(name))
 
     def wake(self, queue: str | None, count: int) -> None:
         """Wake up to `count` idle workers that serve the queue (None: any queue). A hint: it
@@ -2274,8 +2295,7 @@ class Queue:
         with contextlib.suppress(QueueError):
             for row in self._rows(IDLE_WORKERS) if count > 0 else ():
                 if queue is None or row["queues"] is None or queue in json.loads(row["queues"]):
-                    self.ring(row["name"])
-                    count -= 1
+                    count -= self.ring(row["name"])
                     if not count:
                         break
 
@@ -2288,6 +2308,10 @@ class Queue:
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (name, supervisor, slot, count, os.getpid(),
                  json.dumps(sorted(queues)) if queues else None, iso(time.time())))
+
+    def set_count(self, supervisor: str, count: int) -> None:
+        with self._transaction():
+            self._execute("UPDATE workers SET count = ? WHERE name = ?", (count, supervisor))
 
     def serve(self, queues: Sequence[str] | None) -> None:
         """Let turn() claim jobs of these queues only (None: of every queue)."""
@@ -2458,6 +2482,7 @@ class _Batch:
     def __init__(self) -> None:
         self.first = 0
         self.ready: dict[str, int] = {}  # queue: jobs that can run at once
+        self.notes: list[str] = []
         self.instead: dict[int, str] = {}  # number of a row: the id that counts instead
         self.waiting: list[tuple[str, str, str]] = []  # (id, after, place)
 
@@ -2718,7 +2743,8 @@ class Execution:
 
     def end(self, outcome: str) -> None:
         """End the command, unless that has begun: SIGTERM, after the grace SIGKILL."""
-        if self._outcome is None and self._exit is None and self.child is not None:
+        if self._outcome is None and self.child is not None and self._exit is None \
+                and self.child.poll() is None:  # or it has ended by itself just now
             self._outcome = outcome
             self._timeout_at = math.inf
             self._kill_at = time.monotonic() + self._grace
@@ -2885,9 +2911,10 @@ class Log:
         self._fd = create_file(path, os.O_APPEND)
 
 
-def rescue(queue: Queue, note: Callable[[str], None]) -> None:
+def rescue(queue: Queue, note: Callable[[str], None]) -> int:
     """Take back the jobs of dead workers: end their process trees, then settle them as lost.
-    A job whose tree may be alive, and cannot be proven to be its, stays as it is."""
+    A job whose tree may be alive, and cannot be proven to be its, stays as it is. How many."""
+    count = 0
     for row in queue.orphans():
         doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"], row["id"])
         if doubt:
@@ -2904,9 +2931,11 @@ def rescue(queue: Queue, note: Callable[[str], None]) -> None:
             error="its worker died while it ran", output=output.kept(), finished_at=now,
             seconds=max(0.0, now - row["started_at"])), None)
         if settled:
+            count += 1
             remove(queue.live_output(row["run"]))
             note("job %s: its worker %s died; the job is %s"
                  % (row["id"], row["worker"], settled.state))
+    return count
 
 
 class Worker:
@@ -2923,7 +2952,7 @@ class Worker:
         self._leftovers: dict[int, Child] = {}  # pipes that outlived their job: drained, too
         self._next_keeping = 0.0
         self._kept_until = 0
-        self._complained = False
+        self._complaints: set[str] = set()
         self._rung = False
 
     def main(self) -> int:
@@ -3016,7 +3045,7 @@ class Worker:
                 self._sleep(time.monotonic() + TICK)
                 continue
             if able:
-                self._complained = False
+                self._complaints.clear()
             if result is not None:
                 self._tell(result, settled)
             return claim
@@ -3031,9 +3060,10 @@ class Worker:
             return False
 
     def _complain(self, text: str) -> None:
-        if not self._complained:
+        """Warn, but only once until something has succeeded again."""
+        if text not in self._complaints:
             self._log.warn(text)
-        self._complained = True
+        self._complaints.add(text)
 
     def _tell(self, result: Result, settled: Settled | None) -> None:
         if settled is not None and self._options.quiet:
@@ -3125,7 +3155,8 @@ class Worker:
                 self._look_around()
                 if rung or queue.changed() or (due is not None and due <= time.time()):
                     return
-                rescue(queue, self._log.warn)
+                if rescue(queue, self._log.warn):
+                    return
             except DatabaseUnavailable:
                 self._sleep(time.monotonic() + TICK)
 
@@ -3346,6 +3377,9 @@ class Supervisor:
                 if code == FATAL:
                     self._failed = True
                     self._order(DRAIN)
+                elif self._level == RUN:  # it was told to leave: --ensure must not count on it
+                    with contextlib.suppress(QueueError), self._options.open() as queue:
+                        queue.set_count(self._name, len(self._seats))
                 self._tell(self._level)  # with --drain, the others may be done now
                 continue
             self._log.warn("worker %d died (%s)" % (
@@ -3413,8 +3447,12 @@ def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[b
             yield from _follow_run(queue, run.run, live)
         if not live or shown == number:
             return
-        if queue.get(job.id).state in ENDED and len(queue.runs(job.id)) <= shown:
+        job = queue.get(job.id)
+        if job.state in ENDED and len(queue.runs(job.id)) <= shown:
             return
+        if queue.stuck(job):
+            raise QueueError("job %s waits for one that has ended badly (see: show %s)"
+                             % (job.id, job.id))
         _await_change(queue)
 
 
@@ -3571,12 +3609,12 @@ def clipped(line: str, columns: int) -> str:
     return line if len(plain) <= columns else plain[:columns]
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], coloured: int = -1,
-          most: int = 0) -> Iterator[str]:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]],
+          coloured: int = -1) -> Iterator[str]:
     """Lines of a table that fits the terminal. The last column takes what is left; column
     `coloured` holds states. Rows beyond the first page are laid out like it: no table keeps
     more than a page in memory. Any text is made safe for a terminal."""
-    room, page, rows = most or width(), [], iter(rows)
+    room, page, rows = width(), [], iter(rows)
     for row in rows:
         page.append([printable(cell) for cell in row])
         if len(page) == PAGE:
@@ -3628,7 +3666,7 @@ def job_table(jobs: Iterable[Job], blocker: Callable[[Job], tuple[str, str] | No
               now: float) -> Iterator[str]:
     return table(("ID", "STATE", "TRIES", "QUEUE", "WHEN", "COMMAND"), (
         (job.id, job.view, job_tries(job), job.queue,
-         job_when(job, now, blocker(job) if job.view == "blocked" else None), job.command)
+         job_when(job, now, blocker(job)), job.command)
         for job in jobs), coloured=1)
 
 
@@ -3670,153 +3708,137 @@ def job_sheet(job: Job, runs: Sequence[Run], blocker: tuple[str, str] | None,
                 for run in runs), coloured=1)
 
 
-class Status(Record):
-    """What `status` shows, gathered at one moment."""
-
-    database: str
-    jobs: dict[str, int]
-    queues: dict[str, dict[str, int]]
-    paused: list[str]
-    workers: list[WorkerInfo]
-    oldest_ready_seconds: float | None
-    runs_per_minute: float
-    hour: dict[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__, workers=[info.as_dict() for info in self.workers])
-
-
-def rates(stats: Iterable[tuple[str, str, int, float]]) -> dict[str, float]:
+def summary(stats: Iterable[tuple[str, str, int, float]]) -> dict[str, float]:
     """Runs that ended, how many of them not well, and their mean seconds."""
-    runs = failed = 0
-    seconds = 0.0
-    for _, outcome, count, took in stats:
-        runs += count
-        failed += count if outcome in ("failed", "timeout", "lost") else 0
-        seconds += took
+    stats = list(stats)
+    runs, seconds = sum(row[2] for row in stats), sum(row[3] for row in stats)
+    failed = sum(row[2] for row in stats if row[1] in ("failed", "timeout", "lost"))
     return {"runs": runs, "failed": failed,
             "mean_seconds": round(seconds / runs, 3) if runs else 0.0}
 
 
-def status_warning(status: Status) -> str | None:
-    waiting = status.jobs["pending"]
-    if waiting and not status.workers:
-        return "%d job%s and no worker runs; start one: worker start" % (
-            waiting, " waits" if waiting == 1 else "s wait")
-    if EVERY_QUEUE in status.paused and waiting:
+def status_warning(status: Mapping[str, Any]) -> str | None:
+    """What is not going well by itself: jobs wait, and nobody will run them."""
+    waiting, workers = status["jobs"]["pending"], status["workers"]
+    if waiting and not workers:
+        return "%s, and no worker runs; start one: worker start" % (
+            "1 job waits" if waiting == 1 else "%d jobs wait" % waiting)
+    if waiting and EVERY_QUEUE in status["paused"]:
         return "all queues are paused; to go on: resume"
-    return None
+    alone = [name for name, row in sorted(status["queues"].items()) if row["pending"]
+             and not any(info["queues"] is None or name in info["queues"] for info in workers)]
+    return "jobs wait in %s, which no worker serves" % ", ".join(alone) if alone else None
 
 
-def status_sheet(status: Status, now: float, most: int = 0) -> Iterator[str]:
-    jobs = status.jobs
-    yield "database  " + printable(status.database)
+def status_sheet(status: Mapping[str, Any], now: float) -> Iterator[str]:
+    jobs, paused, hour = status["jobs"], status["paused"], status["last_hour"]
+    yield "database  " + printable(status["database"])
     yield "jobs      " + ", ".join(
         colour("%d %s" % (jobs[state], state), COLOURS.get(state) if jobs[state] else None)
         for state in STATES)
     views = ["%d %s" % (jobs[view], view) for view in VIEWS if jobs[view]]
     if views:
         yield "          of the pending: " + ", ".join(views)
-    if status.oldest_ready_seconds is not None:
-        yield "waiting   the oldest ready job for " + format_age(status.oldest_ready_seconds)
-    if status.hour["runs"]:
+    if status["oldest_ready_seconds"] is not None:
+        yield "waiting   the first ready job for " + format_age(status["oldest_ready_seconds"])
+    if hour["runs"]:
         yield "rate      %.3g runs a minute; %d in the last hour, %d of these failed" % (
-            status.runs_per_minute, status.hour["runs"], status.hour["failed"])
-        yield "duration  %s on average" % format_age(status.hour["mean_seconds"])
-    if len(status.queues) > 1 or status.paused:
+            status["runs_per_minute"], hour["runs"], hour["failed"])
+        yield "duration  %s on average" % format_age(hour["mean_seconds"])
+    if len(status["queues"]) > 1 or paused:
         yield ""
         shown = ("pending", "processing", "failed", "scheduled", "blocked", "dead")
-        names = sorted(set(status.queues) | set(status.paused) - {EVERY_QUEUE})
-        for line in table(("QUEUE",) + tuple(word.upper() for word in shown) + ("",), (
-                [name] + [str(status.queues.get(name, {}).get(word, 0)) for word in shown]
-                + ["paused" if name in status.paused or EVERY_QUEUE in status.paused else ""]
-                for name in names), most=most):
-            yield line
+        names = sorted(set(status["queues"]) | set(paused) - {EVERY_QUEUE})
+        yield from table(("QUEUE",) + tuple(word.upper() for word in shown) + ("",), (
+            [name] + [str(status["queues"].get(name, {}).get(word, 0)) for word in shown]
+            + ["paused" if name in paused or EVERY_QUEUE in paused else ""] for name in names))
     yield ""
-    if status.workers:
-        for line in table(("WORKER", "SLOT", "PID", "QUEUES", "FOR", "JOB"),
-                          worker_rows(status.workers, now), most=most):
-            yield line
+    if status["workers"]:
+        yield from worker_table([WorkerInfo(**info) for info in status["workers"]], now)
     else:
         yield "no worker runs"
 
 
-def worker_rows(workers: Iterable[WorkerInfo], now: float) -> Iterator[Sequence[str]]:
-    for info in workers:
-        since = info.job_started_at if info.job else info.started_at
-        yield (info.name, str(info.slot), str(info.pid),
-               "all" if info.queues is None else ",".join(info.queues),
-               format_age(now - from_iso(since or info.started_at)),
-               (info.job or "idle") + (" (stopping)" if info.stop else ""))
+def worker_table(workers: Iterable[WorkerInfo], now: float) -> Iterator[str]:
+    return table(("WORKER", "SLOT", "PID", "QUEUES", "FOR", "JOB"), (
+        (info.name, str(info.slot), str(info.pid),
+         "all" if info.queues is None else ",".join(info.queues),
+         format_age(now - from_iso(info.job_started_at or info.started_at)),
+         (info.job or "idle") + (" (stopping)" if info.stop else "")) for info in workers))
 
 
-def prometheus(rows: Iterable[tuple[str, str, int]], stats: Sequence[tuple[str, str, int, float]],
-               workers: Sequence[WorkerInfo], oldest: float) -> Iterator[str]:
+def prometheus(queues: Mapping[str, Mapping[str, int]],
+               stats: Sequence[tuple[str, str, int, float]], workers: Sequence[WorkerInfo],
+               oldest: float) -> Iterator[str]:
     """The text format 0.0.4 of
     https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
     def metric(name: str, kind: str, text: str,
-               samples: Iterable[tuple[Mapping[str, str], float]]) -> Iterator[str]:
+               samples: Iterable[tuple[str, Mapping[str, str], float]]) -> Iterator[str]:
         yield "# HELP queuectl_%s %s" % (name, text)
         yield "# TYPE queuectl_%s %s" % (name, kind)
-        for labels, value in samples:
+        for suffix, labels, value in samples:
             words = ['%s="%s"' % (key, word.replace("\\", r"\\").replace('"', r'\"'))
                      for key, word in labels.items()]
-            yield "queuectl_%s%s %.10g" % (name, "{%s}" % ",".join(words) if words else "", value)
+            yield "queuectl_%s%s%s %.10g" % (
+                name, suffix, "{%s}" % ",".join(words) if words else "", value)
 
-    found: dict[str, dict[str, int]] = {}
-    for state, queue, jobs in rows:
-        found.setdefault(queue, {})[state] = jobs
-    states = ("pending",) + VIEWS + STATES[1:]
     yield from metric("jobs", "gauge", "Jobs by queue and state; pending ones are ready.", (
-        ({"queue": queue, "state": state}, found[queue].get(state, 0))
-        for queue in sorted(found) for state in states))
+        ("", {"queue": queue, "state": state},
+         row[state] - (sum(row[view] for view in VIEWS) if state == "pending" else 0))
+        for queue, row in sorted(queues.items()) for state in STATES + VIEWS))
     yield from metric("runs_total", "counter", "Runs that have ended, by queue and outcome.", (
-        ({"queue": queue, "outcome": outcome}, runs) for queue, outcome, runs, _ in stats))
-    yield "# HELP queuectl_run_seconds How long runs took, by queue."
-    yield "# TYPE queuectl_run_seconds summary"
-    for queue in sorted({queue for queue, _, _, _ in stats}):
-        mine = [row for row in stats if row[0] == queue]
-        label = queue.replace("\\", r"\\").replace('"', r'\"')
-        yield 'queuectl_run_seconds_sum{queue="%s"} %.10g' % (label, sum(row[3] for row in mine))
-        yield 'queuectl_run_seconds_count{queue="%s"} %d' % (label, sum(row[2] for row in mine))
+        ("", {"queue": queue, "outcome": outcome}, runs) for queue, outcome, runs, _ in stats))
+    totals: dict[str, list[float]] = {}
+    for queue, _, runs, seconds in stats:
+        total = totals.setdefault(queue, [0, 0])
+        total[0] += seconds
+        total[1] += runs
+    yield from metric("run_seconds", "summary", "How long runs took, by queue.", (
+        (suffix, {"queue": queue}, value) for queue, total in sorted(totals.items())
+        for suffix, value in zip(("_sum", "_count"), total)))
     yield from metric("workers", "gauge", "Live workers, by what they do.", (
-        ({"state": "busy"}, sum(info.job is not None for info in workers)),
-        ({"state": "idle"}, sum(info.job is None for info in workers))))
-    yield from metric("oldest_ready_seconds", "gauge",
-                      "For how long the oldest job that could run has been waiting.",
-                      (({}, oldest),))
+        ("", {"state": "busy"}, sum(info.job is not None for info in workers)),
+        ("", {"state": "idle"}, sum(info.job is None for info in workers))))
+    yield from metric("oldest_ready_seconds", "gauge", "For how long the first of the jobs that "
+                      "could run has been waiting.", (("", {}, oldest),))
 
 
 # -- commands -----------------------------------------------------------------------------
 #
-# One function per subcommand, its options declared on it. It prints data on stdout, notes on
-# stderr, and returns the exit code (None: 0).
+# One function per subcommand, its options declared on it. It gets the open queue, unless it
+# is declared as one that needs none, prints data on stdout and notes on stderr, and returns
+# the exit code (None: 0).
+
+if TYPE_CHECKING:
+    Option = Tuple[Tuple[str, ...], Dict[str, Any]]
+    Handler = Callable[..., Optional[int]]
+
 
 class Command(Record):
-    name: str
     run: Callable[[argparse.Namespace], int | None]
     help: str
     example: str
-    options: tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
+    options: Sequence[Option]
 
 
 COMMANDS: dict[str, Command] = {}
 GROUPS = {"worker": "start, stop and list workers", "dlq": "the dead letter queue",
           "config": "settings"}
 
-if TYPE_CHECKING:
-    Handler = Callable[[argparse.Namespace], Optional[int]]
-
-
-def option(*flags: str, **details: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def option(*flags: str, **details: Any) -> Option:
     return flags, details
 
 
-def command(name: str, text: str, example: str,
-            *options: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Handler], Handler]:
-    def register(run: Handler) -> Handler:
-        COMMANDS[name] = Command(name=name, run=run, help=text, example=example, options=options)
-        return run
+def command(name: str, text: str, example: str, *options: Option,
+            opens: bool = True) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        def run(args: argparse.Namespace) -> int | None:
+            with Queue(args.db) as queue:
+                return handler(queue, args)
+
+        COMMANDS[name] = Command(run=run if opens else handler, help=text, example=example,
+                                 options=options)
+        return handler
     return register
 
 
@@ -3965,7 +3987,7 @@ def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
                 "arguments, word for word"),
     option("--file", metavar="FILE", help="a JSON array or JSON Lines of jobs; -: stdin"),
     option("--id", type=checked(parse_name), help="its id (else a short random one)"),
-    option("--queue", type=checked(parse_name), metavar="NAME", help="its queue (default)"),
+    option("--queue", type=checked(parse_queue), metavar="NAME", help="its queue (default)"),
     option("--priority", type=checked(FIELDS["priority"]), metavar="N",
            help="higher runs sooner (0)"),
     option("--max-retries", type=checked(FIELDS["max_retries"]), metavar="N",
@@ -3980,7 +4002,7 @@ def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
     option("--after", action="append", type=checked(parse_name), metavar="ID",
            help="run it only once this job has completed; repeatable"),
     option("--unique", type=checked(parse_name), metavar="KEY",
-           help="store nothing while a job with this key has not ended"))
+           help="store nothing while a job with this key has not ended"), opens=False)
 def cmd_enqueue(args: argparse.Namespace) -> None:
     defaults = {name: getattr(args, name) for name in FIELDS
                 if name != "command" and getattr(args, name) is not None}
@@ -4045,12 +4067,13 @@ def quoted(words: Sequence[str]) -> str:
     option("--detach", action="store_true", help="in the background, returning once they run"),
     option("--ensure", action="store_true",
            help="in the background, only those that are missing to make N"),
-    option("--queue", action="append", default=[], type=checked(parse_name), metavar="NAME",
+    option("--queue", action="append", default=[], type=checked(parse_queue), metavar="NAME",
            help="serve this queue only; repeatable"),
     option("--via", type=checked(parse_text), metavar="COMMAND",
            help="run every job through COMMAND, which finds it in $QUEUECTL_COMMAND"),
     option("--quiet", action="store_true", help="no line per job"),
-    option("--log", metavar="FILE", help="log to FILE, of bounded size, instead of stderr"))
+    option("--log", metavar="FILE", help="log to FILE, of bounded size, instead of stderr"),
+    opens=False)
 def cmd_worker_start(args: argparse.Namespace) -> int:
     options = StartOptions(
         path=resolve_path(args.db), count=args.count, drain=args.drain, queues=args.queue,
@@ -4073,22 +4096,20 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
   queuectl.py worker stop --now        # ends the jobs and puts them back""",
     option("--now", action="store_true", help="end the jobs and put them back unharmed"),
     option("--timeout", type=DURATION, metavar="T", help="give up waiting after this time"))
-def cmd_worker_stop(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue))
-        say(counted(count, "worker") + " stopped" if count else
-            "no worker runs on %s" % queue.path)
+def cmd_worker_stop(queue: Queue, args: argparse.Namespace) -> None:
+    count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue))
+    say(counted(count, "worker") + " stopped" if count else
+        "no worker runs on %s" % queue.path)
+
 
 
 @command("worker list", "the workers that are alive", "queuectl.py worker list --json", JSON)
-def cmd_worker_list(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        workers = queue.workers()
+def cmd_worker_list(queue: Queue, args: argparse.Namespace) -> None:
+    workers = queue.workers()
     if args.json:
         print_json([info.as_dict() for info in workers])
     elif workers:
-        show_lines(table(("WORKER", "SLOT", "PID", "QUEUES", "FOR", "JOB"),
-                         worker_rows(workers, time.time())))
+        show_lines(worker_table(workers, time.time()))
     else:
         say("no worker runs on %s" % queue.path)
 
@@ -4098,45 +4119,40 @@ def show_lines(lines: Iterable[str]) -> None:
         print(line)
 
 
-def gather_status(queue: Queue) -> Status:
-    now = time.time()
-    queues: dict[str, dict[str, int]] = {}
-    counts = dict.fromkeys(STATES + VIEWS, 0)
-    for state, name, jobs in queue.count_rows():
-        row = queues.setdefault(name, {})
-        for key in ("pending", state) if state in VIEWS else (state,):
-            row[key] = row.get(key, 0) + jobs
-            counts[key] += jobs
-    oldest = queue.oldest_ready()
-    return Status(
-        database=queue.path, jobs=counts, queues=queues, paused=queue.paused(),
-        workers=queue.workers(),
-        oldest_ready_seconds=None if oldest is None else round(max(0.0, now - oldest), 3),
+def gather_status(queue: Queue) -> dict[str, Any]:
+    """What `status --json` prints and status_sheet shows."""
+    now, oldest, queues = time.time(), queue.oldest_ready(), queue.counts_by_queue()
+    return {
+        "database": queue.path,
+        "jobs": queue.counts(),
+        "queues": queues,
+        "paused": queue.paused(),
+        "workers": [info.as_dict() for info in queue.workers()],
+        "oldest_ready_seconds": None if oldest is None else round(max(0.0, now - oldest), 3),
         # Stats are by the minute, so the last five began up to six minutes ago.
-        runs_per_minute=round(60 * rates(queue.stats(now - 300))["runs"] / (300 + now % 60), 3),
-        hour=rates(queue.stats(now - 3600)))
+        "runs_per_minute": round(60 * summary(queue.stats(now - 300))["runs"]
+                                 / (300 + now % 60), 3),
+        "last_hour": summary(queue.stats(now - 3600)),
+    }
 
 
 @command(
     "status", "whether it is going well", "queuectl.py status --watch", JSON,
     option("--watch", action="store_true", help="redraw every second, until Ctrl-C"))
-def cmd_status(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        while args.watch and is_terminal(sys.stdout):
-            import shutil
-            size = shutil.get_terminal_size()
-            status = gather_status(queue)
-            lines = list(status_sheet(status, time.time(), size.columns))
-            warning = status_warning(status)
-            lines = (lines + ["", "! " + warning] if warning else lines)[:size.lines - 1]
-            sys.stdout.write("\x1b[H" + "".join(
-                clipped(line, size.columns) + "\x1b[K\n" for line in lines)
-                + "\x1b[J")
-            sys.stdout.flush()
-            time.sleep(1)
-        status = gather_status(queue)
+def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
+    while args.watch and is_terminal(sys.stdout):
+        import shutil
+        size, status = shutil.get_terminal_size(), gather_status(queue)
+        lines = list(status_sheet(status, time.time()))
+        warning = status_warning(status)
+        lines = (lines + ["", "! " + warning] if warning else lines)[:size.lines - 1]
+        sys.stdout.write("\x1b[H" + "".join(
+            clipped(line, size.columns) + "\x1b[K\n" for line in lines) + "\x1b[J")
+        sys.stdout.flush()
+        time.sleep(1)
+    status = gather_status(queue)
     if args.json:
-        print_json(status.as_dict())
+        print_json(status)
         return
     show_lines(status_sheet(status, time.time()))
     warning = status_warning(status)
@@ -4148,15 +4164,15 @@ def cmd_status(args: argparse.Namespace) -> None:
     "list", "jobs, the oldest first", "queuectl.py list --state failed --limit 20",
     option("--state", choices=STATES + VIEWS, help="one of: " + ", ".join(STATES + VIEWS),
            metavar="STATE"),
-    option("--queue", type=checked(parse_name), metavar="NAME", help="of this queue only"),
+    option("--queue", type=checked(parse_queue), metavar="NAME", help="of this queue only"),
     option("--limit", type=checked(parse_integer(0, 2 ** 31)), metavar="N", help="at most N"), JSON)
-def cmd_list(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        jobs = queue.jobs(args.state, args.queue, args.limit)
-        if args.json:
-            print_job_array(jobs)
-        else:
-            show_lines(job_table(jobs, queue.blocker, time.time()))
+def cmd_list(queue: Queue, args: argparse.Namespace) -> None:
+    jobs = queue.jobs(args.state, args.queue, args.limit)
+    if args.json:
+        print_job_array(jobs)
+    else:
+        show_lines(job_table(jobs, queue.blocker, time.time()))
+
 
 
 def print_job_array(jobs: Iterable[Job]) -> None:
@@ -4170,14 +4186,12 @@ def print_job_array(jobs: Iterable[Job]) -> None:
 
 @command("show", "one job with all its runs", "queuectl.py show job1 --json",
          option("id", metavar="ID"), JSON)
-def cmd_show(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        job, runs = queue.get(args.id), queue.runs(args.id)
-        blocker = queue.blocker(job) if job.view == "blocked" else None
+def cmd_show(queue: Queue, args: argparse.Namespace) -> None:
+    job, runs = queue.get(args.id), queue.runs(args.id)
     if args.json:
         print_json(dict(job.as_dict(), runs=[run.as_dict() for run in runs]))
     else:
-        show_lines(job_sheet(job, runs, blocker, time.time()))
+        show_lines(job_sheet(job, runs, queue.blocker(job), time.time()))
 
 
 @command(
@@ -4186,19 +4200,18 @@ def cmd_show(args: argparse.Namespace) -> None:
            help="follow a waiting or running job to its end"),
     option("--run", type=checked(parse_integer(1, 2 ** 31)), metavar="N",
            help="its Nth run (the last one)"))
-def cmd_logs(args: argparse.Namespace) -> None:
+def cmd_logs(queue: Queue, args: argparse.Namespace) -> None:
     sys.stdout.flush()
-    with Queue(args.db) as queue:
-        for data in follow(queue, queue.get(args.id), args.run, args.follow):
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+    for data in follow(queue, queue.get(args.id), args.run, args.follow):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
 
 
 @command(
     "wait", "wait until jobs have ended", "queuectl.py wait job1 job2 --timeout 1h",
     option("id", nargs="*", metavar="ID", help="these (else all that have not ended now)"),
     option("--timeout", type=DURATION, metavar="T", help="exit 124 after this time"))
-def cmd_wait(args: argparse.Namespace) -> int:
+def cmd_wait(queue: Queue, args: argparse.Namespace) -> int:
     live, start = is_terminal(sys.stderr), time.monotonic()
 
     def tell(done: int, failed: int, left: int) -> None:
@@ -4208,98 +4221,94 @@ def cmd_wait(args: argparse.Namespace) -> int:
             print("\r\x1b[K%d done, %d failed, %d left%s" % (done, failed, left, rest),
                   end="" if left else "\n", file=sys.stderr, flush=True)
 
-    with Queue(args.db) as queue:
-        return 0 if wait_for(queue, args.id, args.timeout, own_job(queue), tell) else 1
+    return 0 if wait_for(queue, args.id, args.timeout, own_job(queue), tell) else 1
 
 
 @command("cancel", "keep a pending job from running; end a running one",
          "queuectl.py cancel job1 job2", option("id", nargs="+", metavar="ID"))
-def cmd_cancel(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        jobs = queue.cancel(args.id)
-        if any(job.state == "processing" for job in jobs):
-            rescue(queue, lambda text: None)  # its worker may be dead
-        for job in jobs:
-            if queue.get(job.id).state == "processing":
-                say("job %s is being ended" % job.id)
+def cmd_cancel(queue: Queue, args: argparse.Namespace) -> None:
+    jobs = queue.cancel(args.id)
+    if any(job.state == "processing" for job in jobs):
+        rescue(queue, lambda text: None)  # its worker may be dead
+    for job in jobs:
+        if queue.get(job.id).state == "processing":
+            say("job %s is being ended" % job.id)
+
 
 
 @command("dlq list", "dead jobs and why they died", "queuectl.py dlq list", JSON)
-def cmd_dlq_list(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        jobs = queue.jobs("dead")
-        if args.json:
-            print_job_array(jobs)
-        else:
-            show_lines(dead_table(jobs, time.time()))
+def cmd_dlq_list(queue: Queue, args: argparse.Namespace) -> None:
+    jobs = queue.jobs("dead")
+    if args.json:
+        print_job_array(jobs)
+    else:
+        show_lines(dead_table(jobs, time.time()))
+
 
 
 @command(
     "dlq retry", "make dead or cancelled jobs pending again, attempts at 0",
     "queuectl.py dlq retry job1", option("id", nargs="*", metavar="ID"),
     option("--all", action="store_true", help="every dead job"))
-def cmd_dlq_retry(args: argparse.Namespace) -> None:
+def cmd_dlq_retry(queue: Queue, args: argparse.Namespace) -> None:
     if bool(args.id) == args.all:
         raise UsageError("name the jobs to retry, or --all")
-    with Queue(args.db) as queue:
-        if args.all:
-            say("%s pending again" % counted(queue.retry_all(say), "job"))
-        else:
-            queue.retry(args.id)
+    if args.all:
+        say("%s pending again" % counted(queue.retry_all(say), "job"))
+    else:
+        queue.retry(args.id)
 
 
 @command("dlq purge", "delete dead jobs", "queuectl.py dlq purge --older-than 30d",
          option("--older-than", type=DURATION, default=0.0, metavar="T",
                 help="only those that died longer ago"))
-def cmd_dlq_purge(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        say("%s deleted" % counted(queue.prune(("dead",), args.older_than), "dead job"))
+def cmd_dlq_purge(queue: Queue, args: argparse.Namespace) -> None:
+    say("%s deleted" % counted(queue.prune(("dead",), args.older_than), "dead job"))
+
 
 
 @command("config list", "every setting", "queuectl.py config list")
-def cmd_config_list(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        values = queue.settings()
+def cmd_config_list(queue: Queue, args: argparse.Namespace) -> None:
+    values = queue.settings()
     show_lines(table(("SETTING", "VALUE", "MEANING"), (
         (name, found.format(values[name]), found.help) for name, found in SETTINGS.items())))
 
 
 @command("config get", "one setting", "queuectl.py config get max_retries",
          option("key", metavar="KEY"))
-def cmd_config_get(args: argparse.Namespace) -> None:
+def cmd_config_get(queue: Queue, args: argparse.Namespace) -> None:
     found = setting(args.key)
-    with Queue(args.db) as queue:
-        print(found.format(queue.settings()[found.name]))
+    print(found.format(queue.settings()[found.name]))
 
 
 @command("config set", "change a setting", "queuectl.py config set max-retries 5",
          option("key", metavar="KEY"), option("value", metavar="VALUE"))
-def cmd_config_set(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        queue.set_setting(args.key, args.value)
+def cmd_config_set(queue: Queue, args: argparse.Namespace) -> None:
+    queue.set_setting(args.key, args.value)
+
 
 
 @command("config unset", "let a setting have its default again",
          "queuectl.py config unset max_retries", option("key", metavar="KEY"))
-def cmd_config_unset(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        queue.unset_setting(args.key)
+def cmd_config_unset(queue: Queue, args: argparse.Namespace) -> None:
+    queue.unset_setting(args.key)
+
 
 
 @command("pause", "hand out no more jobs", "queuectl.py pause mail",
          option("queue", nargs="?", metavar="QUEUE", help="of this queue (of any)"))
-def cmd_pause(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        queue.pause(args.queue)
+def cmd_pause(queue: Queue, args: argparse.Namespace) -> None:
+    queue.pause(args.queue)
+
 
 
 @command("resume", "hand out jobs again", "queuectl.py resume mail",
          option("queue", nargs="?", metavar="QUEUE", help="of this queue (of every one)"))
-def cmd_resume(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        queue.resume(args.queue)
-        if args.queue is not None and EVERY_QUEUE in queue.paused():
-            say("all queues are still paused; to go on: resume")
+def cmd_resume(queue: Queue, args: argparse.Namespace) -> None:
+    queue.resume(args.queue)
+    if args.queue is not None and EVERY_QUEUE in queue.paused():
+        say("all queues are still paused; to go on: resume")
+
 
 
 @command(
@@ -4308,18 +4317,18 @@ def cmd_resume(args: argparse.Namespace) -> None:
     option("--older-than", type=DURATION, default=0.0, metavar="T",
            help="only those that ended longer ago"),
     option("--state", choices=ENDED, help="only these: " + ", ".join(ENDED), metavar="STATE"))
-def cmd_prune(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        states = [args.state] if args.state else ENDED
-        say("%s deleted" % counted(queue.prune(states, args.older_than), "job"))
+def cmd_prune(queue: Queue, args: argparse.Namespace) -> None:
+    states = [args.state] if args.state else ENDED
+    say("%s deleted" % counted(queue.prune(states, args.older_than), "job"))
+
 
 
 @command("metrics", "numbers for Prometheus", "queuectl.py metrics > queuectl.prom")
-def cmd_metrics(args: argparse.Namespace) -> None:
-    with Queue(args.db) as queue:
-        oldest = queue.oldest_ready()
-        show_lines(prometheus(queue.count_rows(), queue.stats(), queue.workers(),
-                              max(0.0, time.time() - oldest) if oldest else 0.0))
+def cmd_metrics(queue: Queue, args: argparse.Namespace) -> None:
+    oldest = queue.oldest_ready()
+    show_lines(prometheus(queue.counts_by_queue(), queue.stats(), queue.workers(),
+                          max(0.0, time.time() - oldest) if oldest else 0.0))
+
 
 
 BASH_COMPLETION = """\
@@ -4371,7 +4380,8 @@ def completion_words() -> dict[str, list[str]]:
     "completion", "a completion script for your shell",
     """. <(queuectl.py completion bash)                                # in ~/.bashrc
   queuectl.py completion fish > ~/.config/fish/completions/queuectl.fish""",
-    option("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish"))
+    option("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish"),
+    opens=False)
 def cmd_completion(args: argparse.Namespace) -> None:
     words = completion_words()
     if args.shell == "fish":
@@ -4392,7 +4402,8 @@ def cmd_completion(args: argparse.Namespace) -> None:
             for flag in flags if flag[0] == "-" and "action" not in details}
             | {"--env", "--after", "--queue"})),
         "groups": " ".join(GROUPS), "states": " ".join(STATES + VIEWS),
-        "ended": " ".join(ENDED), "cases": "\n".join('        "%s") words="%s" ;;' % (name, " ".join(found))
+        "ended": " ".join(ENDED),
+        "cases": "\n".join('        "%s") words="%s" ;;' % (name, " ".join(found))
                            for name, found in words.items())}, end="")
 
 
@@ -4443,12 +4454,12 @@ def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
         database(sub)
         for flags, details in found.options:
             sub.add_argument(*flags, **details)
-        sub.set_defaults(handler=found.run)
+        sub.set_defaults(run_command=found.run)
     return parser
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line as a namespace: its command's options, `handler`, `db` and `exact`, the
+    """The command line as a namespace: its command's options, `run_command`, `db` and `exact`, the
     words behind `--`. UsageError; SystemExit for --help and --version."""
     argv, exact = list(argv), []
     words = [word for before, word in zip([""] + argv, argv)
@@ -4465,7 +4476,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     unknown = [word for word in unknown if word != "--"]
     if unknown:
         hint = "; a command with options of its own goes behind --" \
-            if args.handler is cmd_enqueue else ""
+            if chosen == ["enqueue"] else ""
         raise UsageError("unknown argument %s%s" % (unknown[0], hint))
     args.exact = exact
     args.db = getattr(args, "db", None)
@@ -4488,7 +4499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = parse_arguments(sys.argv[1:] if argv is None else argv)
-            code = args.handler(args)
+            code = args.run_command(args)
             sys.stdout.flush()
             return code or 0
         except QueueError as error:
