@@ -195,7 +195,7 @@ class WorkerInfo(Record):
     started_at: str
     job: str | None
     job_started_at: str | None
-    stop: int  # an order
+    stop: int
 
     def as_dict(self) -> dict[str, Any]:
         return {key: self.__dict__[key] for key in WORKER_KEYS}
@@ -244,7 +244,7 @@ class Settled(Record):
 JOB_KEYS = tuple(key for key in Job.__annotations__
                  if key not in ("seq", "hold", "run", "run_after", "cancel"))
 RUN_KEYS = tuple(key for key in Run.__annotations__ if key not in ("run", "number"))
-WORKER_KEYS = tuple(key for key in WorkerInfo.__annotations__ if key != "count")
+WORKER_KEYS = tuple(key for key in WorkerInfo.__annotations__ if key not in ("stop", "count"))
 
 
 def new_id() -> str:
@@ -1565,6 +1565,7 @@ SELECT_WORKERS = """
 # -- storage ------------------------------------------------------------------------------
 
 BUSY_BUDGET = 30.0  # seconds for which a busy database is tried again
+LOOKS = 1.0  # seconds for which a file that looks bad and changes is looked at again
 SYNC_DELAY = 0.1  # seconds that a worker's commit may wait for its fsync
 UNAVAILABLE = ("locked", "busy", "full", "disk I/O error")
 
@@ -1620,7 +1621,6 @@ class Queue:
         self._unsynced: float | None = None  # time of the first commit that is not synced
         self._committed = 0.0  # time of the last commit
         self._wal = self._marks = -1
-        self._commits = 0
         self._checkpoint_after = 0.0
         self._version = -1
         self._serves_every = True
@@ -1676,34 +1676,52 @@ class Queue:
             raise QueueError("%s is a folder; name a file with --db" % self.path)
         if not stat.S_ISREG(status.st_mode):
             raise QueueError("%s is not a regular file" % self.path)
-        if 0 < status.st_size < 100:  # SQLite takes a single byte for nothing
-            raise QueueError("%s is not a database; name another file with --db" % self.path)
         if not all(os.access(path, os.W_OK) for path in (self.path, os.path.dirname(self.path))):
             raise QueueError("%s cannot be written; make the file and its folder writable"
                              % self.path)
-        if status.st_size:
-            look = sqlite3.connect(_uri(self.path) + "?immutable=1&mode=ro", uri=True, timeout=0,
-                                   isolation_level=None)
+        until = time.monotonic() + LOOKS
+        while True:
+            before = self._traces()
             try:
-                # Or SQLite itself refuses what a checkpoint left half done, which only a
-                # connection that sees the -wal file can complete.
-                look.execute("PRAGMA writable_schema = ON")
-                look.execute("BEGIN")  # one look: others may be creating it right now
-                owner, version, pages, size, tables = (
-                    look.execute(query).fetchone()[0] for query in (
-                        "PRAGMA application_id", "PRAGMA user_version", "PRAGMA page_count",
-                        "PRAGMA page_size", "SELECT count(*) FROM sqlite_master"))
-            finally:
-                look.close()
-            log = _size(self.path + "-wal")
-            if owner != APPLICATION_ID and (owner or version or tables or log):
-                raise QueueError("%s is another program's database; name another file with --db"
-                                 % self.path)
-            self._check_version(version)
-            if pages * size > os.stat(self.path).st_size and not log:
-                raise QueueError("%s is truncated (%d bytes of %d); restore a copy of it"
-                                 % (self.path, status.st_size, pages * size))
-        return status.st_dev, status.st_ino
+                self._look()
+                return status.st_dev, status.st_ino
+            except (QueueError, sqlite3.Error):
+                # Somebody may be in the middle of creating it, or of a checkpoint: only what
+                # looks bad while nothing moves is bad.
+                if before == self._traces() and not before[2] or time.monotonic() > until:
+                    raise
+                time.sleep(0.005)
+
+    def _traces(self) -> tuple[int, int, int]:
+        status = os.stat(self.path)
+        return status.st_size, status.st_mtime_ns, _size(self.path + "-wal")
+
+    def _look(self) -> None:
+        """Judge the file as it stands. QueueError or sqlite3.Error: it is not ours, or bad."""
+        length, _, log = self._traces()
+        if not length:
+            return
+        if length < 100:  # the size of a header; SQLite takes a single byte for nothing
+            raise sqlite3.DatabaseError("file is not a database")
+        look = sqlite3.connect(_uri(self.path) + "?immutable=1&mode=ro", uri=True, timeout=0,
+                               isolation_level=None)
+        try:
+            # Or SQLite itself refuses what a checkpoint left half done, which only a connection
+            # that sees the -wal file can complete.
+            look.execute("PRAGMA writable_schema = ON")
+            look.execute("BEGIN")
+            owner, version, pages, size, tables = (look.execute(query).fetchone()[0] for query in (
+                "PRAGMA application_id", "PRAGMA user_version", "PRAGMA page_count",
+                "PRAGMA page_size", "SELECT count(*) FROM sqlite_master"))
+        finally:
+            look.close()
+        if owner != APPLICATION_ID and (owner or version or tables or log):
+            raise QueueError("%s is another program's database; name another file with --db"
+                             % self.path)
+        self._check_version(version)
+        if pages * size > length and not log:
+            raise QueueError("%s is truncated (%d bytes of %d); restore a copy of it"
+                             % (self.path, length, pages * size))
 
     def _check_version(self, version: int) -> None:
         if version > len(MIGRATIONS):
@@ -1805,9 +1823,7 @@ class Queue:
             self._committed = time.monotonic()
             if self._unsynced is None:
                 self._unsynced = self._committed
-        self._commits += 1
-        if self._commits % 32 == 0:
-            self.checkpoint()
+        self.checkpoint()
 
     # Durability. Clients commit with synchronous=FULL. Workers commit with NORMAL, which
     # syncs nothing, and sync the -wal file themselves, outside of the writer lock.
@@ -1828,6 +1844,7 @@ class Queue:
         try:
             if self._wal < 0:
                 self._wal = os.open(self.path + "-wal", os.O_RDWR)
+                flush_folder(os.path.dirname(self.path))  # its name must last as well
                 self._marks = create_file(os.path.join(self.folder, "synced"))
             start = time.monotonic()
             mark = float(read_at(self._marks, 32, 0) or b"0")
@@ -3269,10 +3286,13 @@ class Supervisor:
     def run(self) -> int:
         """Work until stopped; the exit code. QueueError where it cannot start."""
         import gc
+        names = ["SIGINT", "SIGTERM", "SIGHUP"]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            names.pop()  # nohup
         default_signals()
         self._waiter = Waiter()
         before = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        for name in names:
             if hasattr(signal, name):
                 signum = getattr(signal, name)
                 before[signum] = signal.signal(
@@ -3351,9 +3371,9 @@ class Supervisor:
         if level <= self._level:
             return
         self._level = level
+        self._tell(level)  # before anybody can read of it
         self._log.event("ending the jobs and putting them back" if level == NOW else
                         "finishing the current jobs; a second signal ends them")
-        self._tell(level)
         for slot, seat in list(self._seats.items()):
             if seat.process is None:
                 del self._seats[slot]
@@ -3721,12 +3741,12 @@ def status_warning(status: Mapping[str, Any]) -> str | None:
     """What is not going well by itself: jobs wait, and nobody will run them."""
     waiting, workers = status["jobs"]["pending"], status["workers"]
     if waiting and not workers:
-        return "%s, and no worker runs; start one: worker start" % (
+        return "%s and no worker runs; start one: worker start" % (
             "1 job waits" if waiting == 1 else "%d jobs wait" % waiting)
     if waiting and EVERY_QUEUE in status["paused"]:
         return "all queues are paused; to go on: resume"
     alone = [name for name, row in sorted(status["queues"].items()) if row["pending"]
-             and not any(info["queues"] is None or name in info["queues"] for info in workers)]
+             and not any(info.queues is None or name in info.queues for info in workers)]
     return "jobs wait in %s, which no worker serves" % ", ".join(alone) if alone else None
 
 
@@ -3754,7 +3774,7 @@ def status_sheet(status: Mapping[str, Any], now: float) -> Iterator[str]:
             + ["paused" if name in paused or EVERY_QUEUE in paused else ""] for name in names))
     yield ""
     if status["workers"]:
-        yield from worker_table([WorkerInfo(**info) for info in status["workers"]], now)
+        yield from worker_table(status["workers"], now)
     else:
         yield "no worker runs"
 
@@ -4120,14 +4140,14 @@ def show_lines(lines: Iterable[str]) -> None:
 
 
 def gather_status(queue: Queue) -> dict[str, Any]:
-    """What `status --json` prints and status_sheet shows."""
+    """What `status` shows."""
     now, oldest, queues = time.time(), queue.oldest_ready(), queue.counts_by_queue()
     return {
         "database": queue.path,
         "jobs": queue.counts(),
         "queues": queues,
         "paused": queue.paused(),
-        "workers": [info.as_dict() for info in queue.workers()],
+        "workers": queue.workers(),
         "oldest_ready_seconds": None if oldest is None else round(max(0.0, now - oldest), 3),
         # Stats are by the minute, so the last five began up to six minutes ago.
         "runs_per_minute": round(60 * summary(queue.stats(now - 300))["runs"]
@@ -4152,7 +4172,7 @@ def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
         time.sleep(1)
     status = gather_status(queue)
     if args.json:
-        print_json(status)
+        print_json(dict(status, workers=[info.as_dict() for info in status["workers"]]))
         return
     show_lines(status_sheet(status, time.time()))
     warning = status_warning(status)
