@@ -620,10 +620,11 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 #   RunLock  end_tree               a run's process tree: found and ended by whoever rescues
 #   Child                           one spawned command, its pipe and its process group
 #   Bell  ring  Waiter              sleeping in one place, and waking who sleeps there
-#   default_signals  bury_strangers what a worker, and the first process, owes its children
+#   clean_slate  bury_strangers     what a worker, and the first process, owes its children
 #   read_at  write_at
 
 FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
+BELLS = sys.platform != "win32"  # where there are FIFOs
 
 
 def same_file(fd: int, path: str) -> bool:
@@ -812,11 +813,14 @@ if sys.platform == "win32":
         def unwatch(self, fd: int) -> None:
             pass
 
+        def close(self) -> None:
+            pass
+
         def wait(self, timeout: float) -> list[int]:
             time.sleep(max(0.0, min(timeout, 0.05)))
             return [-1]
 
-    def default_signals() -> None:
+    def clean_slate() -> None:
         pass
 
     def bury_strangers(ours: set[int]) -> None:
@@ -1259,11 +1263,16 @@ else:
 
         def __init__(self) -> None:
             self._poll = select.poll()
-            self._wakeup, write = os.pipe()
-            for fd in (self._wakeup, write):
+            self._wakeup, self._write = os.pipe()
+            for fd in (self._wakeup, self._write):
                 os.set_blocking(fd, False)
-            signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             self.watch(self._wakeup)
+
+        def close(self) -> None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._wakeup)
+            os.close(self._write)
 
         def watch(self, fd: int) -> None:
             self._poll.register(fd, select.POLLIN)
@@ -1278,10 +1287,14 @@ else:
                 os.read(self._wakeup, 4096)
             return ready
 
-    def default_signals() -> None:
-        """Let spawned commands find every signal at its default, and none blocked: an
-        ignored one would be inherited, a handled one is reset by exec. (Were SIGCHLD left
-        ignored, the kernel would reap the jobs and `exit 3` would read as success.)"""
+    def clean_slate() -> None:
+        """Let spawned commands find every signal at its default, none blocked, and no
+        descriptor of ours but the standard ones: an ignored signal would be inherited, a
+        handled one is reset by exec. (Were SIGCHLD left ignored, the kernel would reap the
+        jobs and `exit 3` would read as success.)"""
+        for fd in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError):
+                os.set_inheritable(int(fd), int(fd) < 3)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         for signum in signal.Signals:
             if signum not in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP) \
@@ -2870,7 +2883,7 @@ class Execution:
 #           SIGHUPs.
 #   Bells   are hints. Whatever a lost one should have told is found within TICK.
 
-TICK = 1.0  # seconds after which a sleeper looks around unasked
+TICK = 1.0 if BELLS else 0.05  # seconds after which a sleeper looks around unasked
 HOUSEKEEPING = 60.0  # seconds between two looks for completed jobs past keep_completed
 SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
@@ -2974,7 +2987,8 @@ class Worker:
 
     def main(self) -> int:
         """Work until told to stop; the exit code of the process."""
-        default_signals()
+        import errno
+        clean_slate()
         self._waiter = Waiter()
         for name in ("SIGINT", "SIGHUP"):  # the supervisor's business
             if hasattr(signal, name):
@@ -2996,7 +3010,8 @@ class Worker:
             return 1
         except (QueueError, OSError) as error:
             self._log.warn(str(error))
-            return FATAL
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE)
+            return 1 if full else FATAL
 
     def _enter(self) -> None:
         queue = self._queue
@@ -3036,8 +3051,8 @@ class Worker:
                 if awaited:
                     self._queue.wake(None, 1)  # two rings may have met one bell
                 awaited = False
-                execution, result = self._run(claim)
                 self._keep_house()
+                execution, result = self._run(claim)
                 continue
             execution = result = None
             if self._level != RUN or (self._options.drain
@@ -3167,7 +3182,9 @@ class Worker:
                 self._keep_house()
                 due = queue.next_due()
                 wait = TICK if due is None else min(TICK, max(0.0, due - time.time()))
-                self._sleep(time.monotonic() + wait)
+                until = time.monotonic() + wait
+                while not self._rung and self._level == RUN and time.monotonic() < until:
+                    self._sleep(until)
                 rung = self._rung
                 self._look_around()
                 if rung or queue.changed() or (due is not None and due <= time.time()):
@@ -3234,7 +3251,7 @@ class Worker:
         reached: int | None = None
         deleted = 0
         self._next_keeping = time.monotonic() + HOUSEKEEPING
-        with contextlib.suppress(DatabaseUnavailable):
+        with contextlib.suppress(QueueError):  # whatever is wrong, it must not cost a job
             keep = queue.settings()["keep_completed"]
             if keep:
                 reached, deleted = queue.prune_some(("completed",), now - keep, self._kept_until)
@@ -3289,7 +3306,7 @@ class Supervisor:
         names = ["SIGINT", "SIGTERM", "SIGHUP"]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             names.pop()  # nohup
-        default_signals()
+        clean_slate()
         self._waiter = Waiter()
         before = {}
         for name in names:
@@ -3319,8 +3336,9 @@ class Supervisor:
         with self._options.open() as queue:
             queue.require_safe()
             self._options.identity = queue.identity()
-            self._held = hold(queue.lock_path(self._name))
-            self._bell = Bell(queue.bell_path(self._name))
+            self._lock_path = queue.lock_path(self._name)
+            self._bell_path = queue.bell_path(self._name)
+            self._held, self._bell = hold(self._lock_path), Bell(self._bell_path)
             rescue(queue, self._log.warn)
             queue.sweep()
             queue.register(self._name, self._name, 0, self._options.count, self._options.queues)
@@ -3333,8 +3351,9 @@ class Supervisor:
     def _leave(self) -> None:
         with contextlib.suppress(QueueError), self._options.open() as queue:
             queue.unregister(self._name)
-            remove(queue.bell_path(self._name))
-            release(queue.lock_path(self._name), self._held)
+        remove(self._bell_path)
+        release(self._lock_path, self._held)
+        self._waiter.close()
 
     def _start(self, slot: int) -> None:
         seat = self._seats[slot]
@@ -3393,7 +3412,7 @@ class Supervisor:
             seat.orders.close()
             seat.process = seat.orders = None
             if code in (0, FATAL):
-                del self._seats[slot]
+                self._seats.pop(slot, None)
                 if code == FATAL:
                     self._failed = True
                     self._order(DRAIN)
@@ -3406,7 +3425,7 @@ class Supervisor:
                 slot, "exit code %d" % code if code > 0 else exit_error(None, -code, b"")))
             self._rescue()
             if self._level != RUN:
-                del self._seats[slot]
+                self._seats.pop(slot, None)
                 continue
             quick = time.monotonic() - seat.started < SETTLED_IN
             seat.deaths = seat.deaths + 1 if quick else 0

@@ -39,6 +39,11 @@ PATIENCE = 60.0  # seconds after which an awaited event counts as missing
 ROOT = os.geteuid() == 0 if hasattr(os, "geteuid") else False
 
 
+def default_signals():
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 def read_file(path):
     with open(path, "rb") as file:
         return file.read()
@@ -54,7 +59,8 @@ class Case(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
         self.db = os.path.join(self.dir, "q.db")
         self.env = {key: value for key, value in os.environ.items()
-                    if not key.startswith("QUEUECTL_") and key not in ("NO_COLOR", "COLUMNS", "PYTHONUNBUFFERED")}
+                    if not key.startswith("QUEUECTL_")
+                    and key not in ("NO_COLOR", "COLUMNS", "PYTHONUNBUFFERED")}
         self.env.update(HOME=self.dir, XDG_STATE_HOME=os.path.join(self.dir, "state"),
                         QUEUECTL_DB=self.db)
         patch = mock.patch.dict(os.environ, self.env, clear=True)
@@ -115,6 +121,8 @@ class Case(unittest.TestCase):
         log = self.path("log-%d" % len(self.processes))
         with open(log, "wb") as file:
             options.setdefault("stderr", file)
+            # As in a terminal, however this suite was started (nohup, in the background).
+            options.setdefault("preexec_fn", default_signals)
             process = subprocess.Popen(
                 [sys.executable, SCRIPT] + [str(word) for word in words],
                 stdin=subprocess.DEVNULL, env=dict(self.env, **env or {}),
@@ -3087,7 +3095,7 @@ class Platform(Process):
             for name in names:
                 signal.signal(name, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_BLOCK, names)
-            queuectl.default_signals()
+            queuectl.clean_slate()
             print([s for s in names if signal.getsignal(s) == signal.SIG_IGN],
                   signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)""")
         self.assertEqual(self.hear(peer), "[] set()")
@@ -3493,6 +3501,19 @@ class Workers(Process):
         self.assertEqual(self.output("a"), b"via\nits zero\n")
 
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc here")
+    def test_a_job_inherits_no_descriptor_of_the_worker(self):
+        """Not what the worker has inherited itself."""
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        self.addCleanup(os.close, write)
+        self.add("a", "ls -l /proc/self/fd")
+        self.ended(self.start("worker", "start", "--drain", pass_fds=(read, write)))
+        pipe = b"pipe:[%d]" % os.fstat(write).st_ino
+        self.assertIn(b"-> pipe:[", self.output("a"))  # its own, to its worker
+        self.assertNotIn(pipe, self.output("a"))
+
+
 class Stopping(Process):
     """Orders to stop, as signals and as commands."""
 
@@ -3518,6 +3539,18 @@ class Stopping(Process):
         self.until_logged(process, "finishing the current jobs")
         start = time.monotonic()
         self.until(lambda: time.monotonic() > start + queuectl.SECOND_SIGNAL)
+
+    def test_nohup_is_respected(self):
+        """A hang-up that was ignored when the workers started does not end them."""
+        self.add("a", "true")
+        process = self.workers(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        os.kill(process.pid, signal.SIGHUP)
+        os.kill(process.pid, signal.SIGHUP)
+        self.until_state("a", "completed")
+        self.add("b", "true")
+        self.until_state("b", "completed")
+        os.kill(process.pid, signal.SIGTERM)
+        self.ended(process)
 
     def test_the_first_signal_finishes_the_jobs(self):
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
