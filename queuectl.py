@@ -317,9 +317,11 @@ def format_number(number: float) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """About how long, for people: `0.4s`, `12s`, `3m05s`, `2h10m`, `6d`."""
+    """About how long, for people: `40ms`, `1.2s`, `12s`, `3m05s`, `2h10m`, `6d`."""
+    if seconds < 1:
+        return "%dms" % max(seconds * 1000, 0)
     if seconds < 10:
-        return "%.1fs" % max(seconds, 0)
+        return "%.1fs" % seconds
     seconds = int(seconds)
     if seconds < 60:
         return "%ds" % seconds
@@ -1800,9 +1802,8 @@ class Queue:
                 budget = budget or now + BUSY_BUDGET
                 if "locked" not in str(error) or now > budget:
                     raise self._explain(error) from None
-                # 0.05 to 0.2 ms at first, up to 4 ms after a quarter of a second
-                waited = now - budget + BUSY_BUDGET
-                time.sleep((0.25 + os.urandom(1)[0] / 256) * (0.0002 + min(waited / 80, 0.003)))
+                # 0.1 to 0.5 ms, however long it has waited: longer ones let newcomers win
+                time.sleep((0.25 + os.urandom(1)[0] / 256) * 0.0004)
 
     def _explain(self, error: sqlite3.Error) -> QueueError:
         text = str(error)
@@ -1880,17 +1881,18 @@ class Queue:
         SQLite before 3.51.3 can corrupt a database when a commit resets the WAL while another
         connection checkpoints (https://www.sqlite.org/wal.html#walresetbug). TRUNCATE holds
         the writer lock meanwhile, if only its busy timeout is not 0: then it would silently
-        turn into the dangerous kind."""
+        turn into the dangerous kind. That timeout is unfair to whoever waits by it, so it is
+        short, and somebody else's commit tries again soon."""
         if _size(self.path + "-wal") < limit or time.monotonic() < self._checkpoint_after:
             return
         with contextlib.suppress(QueueError):
-            self._execute("PRAGMA busy_timeout = 1000")
+            self._execute("PRAGMA busy_timeout = 100")
             try:
                 busy = self._value("PRAGMA wal_checkpoint(TRUNCATE)")
             finally:
                 self._execute("PRAGMA busy_timeout = 0")
             if busy:
-                self._checkpoint_after = time.monotonic() + 1
+                self._checkpoint_after = time.monotonic() + 0.2
 
     def changed(self) -> bool:
         """Whether another connection has committed since the last call (5 microseconds)."""
@@ -3710,9 +3712,9 @@ def job_table(jobs: Iterable[Job], blocker: Callable[[Job], tuple[str, str] | No
 
 
 def dead_table(jobs: Iterable[Job], now: float) -> Iterator[str]:
-    return table(("ID", "TRIES", "QUEUE", "WHEN", "COMMAND", "ERROR"), (
-        (job.id, job_tries(job), job.queue, ago(job.updated_at, now), job.command,
-         job.last_error or "") for job in jobs))
+    return table(("ID", "TRIES", "QUEUE", "WHEN", "ERROR", "COMMAND"), (
+        (job.id, job_tries(job), job.queue, ago(job.updated_at, now), job.last_error or "",
+         job.command) for job in jobs))
 
 
 def job_sheet(job: Job, runs: Sequence[Run], blocker: tuple[str, str] | None,
@@ -4260,7 +4262,12 @@ def cmd_wait(queue: Queue, args: argparse.Namespace) -> int:
             print("\r\x1b[K%d done, %d failed, %d left%s" % (done, failed, left, rest),
                   end="" if left else "\n", file=sys.stderr, flush=True)
 
-    return 0 if wait_for(queue, args.id, args.timeout, own_job(queue), tell) else 1
+    try:
+        return 0 if wait_for(queue, args.id, args.timeout, own_job(queue), tell) else 1
+    except BaseException:
+        if live:
+            print(file=sys.stderr)  # what is said of it has a line of its own
+        raise
 
 
 @command("cancel", "keep a pending job from running; end a running one",

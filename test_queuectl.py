@@ -6251,7 +6251,7 @@ class Tables(Everyday):
     def test_headings(self):
         """Each table begins with the names of its columns, also an empty one."""
         for words, heads in (("list", "ID STATE TRIES QUEUE WHEN COMMAND"),
-                             ("dlq list", "ID TRIES QUEUE WHEN COMMAND ERROR"),
+                             ("dlq list", "ID TRIES QUEUE WHEN ERROR COMMAND"),
                              ("config list", "SETTING VALUE MEANING")):
             self.assertEqual(self.ok(*words.split()).splitlines()[0].split(), heads.split())
 
