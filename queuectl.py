@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from typing import IO, Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NoReturn
     from typing import Dict, Optional, Sequence, TextIO, Tuple, TypeVar
     T = TypeVar("T")
+    # Parameters of INSERT_JOB, whether the caller chose the id, its number in its batch, and
+    # the place in the input, for errors.
+    NewRow = Tuple[Tuple[Any, ...], bool, int, str]
 
 __version__ = "1.0.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "WorkerInfo", "main"]
@@ -1433,6 +1436,7 @@ INSERT_JOB = """
     INSERT INTO jobs (id, command, queue, priority, max_retries, timeout, hold, run_after,
                       cwd, env, after, unique_key, created_at, updated_at)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+ID, QUEUE, HOLD, AFTER, KEY = 0, 2, 6, 10, 11  # where these stand among its parameters
 ACTIVE_WITH_KEY = "SELECT id FROM keys JOIN jobs ON seq = job WHERE key = :key"
 TAKE_KEY = "INSERT INTO keys SELECT unique_key, seq FROM jobs WHERE id = :id"
 FREE_KEY = "DELETE FROM keys WHERE key = :key AND job = :seq"
@@ -1961,7 +1965,7 @@ class Queue:
         spool, make_row = _Spool(), _job_rows(int(self.settings()["max_retries"]), now)
         for place, fields in jobs:
             try:
-                spool.add(make_row(job_fields(fields)) + (len(spool), place))
+                spool.add((make_row(job_fields(fields)), "id" in fields, len(spool), place))
             except QueueError as error:
                 raise QueueError("%s%s" % (place, error)) from None
         stored = _Batch()
@@ -1974,47 +1978,44 @@ class Queue:
                 self._link(stored, now)
         for text in stored.notes:
             note(text)
-        if len(spool) >= PAGE:
-            self.checkpoint()
         for queue, count in stored.ready.items():
             self.wake(queue, count)
-        return (stored.instead.get(row[15], row[0]) for rows in spool for row in rows)
+        return (stored.instead.get(number) or row[ID]
+                for rows in spool for row, _, number, _ in rows)
 
-    def _insert(self, rows: list[tuple[Any, ...]], stored: _Batch) -> None:
+    def _insert(self, rows: list[NewRow], stored: _Batch) -> None:
         """Insert rows, all at once where nothing stands in the way."""
-        if not any(row[11] for row in rows):
+        if not any(row[KEY] for row, _, _, _ in rows):
             self._execute("SAVEPOINT rows")
             try:
-                self._execute(INSERT_JOB, [row[:14] for row in rows], many=True)
+                self._execute(INSERT_JOB, [row for row, _, _, _ in rows], many=True)
             except sqlite3.IntegrityError:  # an id is taken: find out which, row by row
                 self._execute("ROLLBACK TO rows")
             else:
-                for row in rows:
-                    stored.add(row)
+                for row, _, _, place in rows:
+                    stored.add(row, place)
                 return
             finally:
                 self._execute("RELEASE rows")
-        for row in rows:
-            active = row[11] and self._value(ACTIVE_WITH_KEY, {"key": row[11]})
+        for row, chosen, number, place in rows:
+            active = row[KEY] and self._value(ACTIVE_WITH_KEY, {"key": row[KEY]})
             if active:
                 stored.notes.append("%s has the key %s and has not ended; nothing stored"
-                                    % (active, row[11]))
-                stored.instead[row[15]] = active
+                                    % (active, row[KEY]))
+                stored.instead[number] = active
                 continue
-            given = row
             while True:
                 try:
-                    self._execute(INSERT_JOB, row[:14])
+                    self._execute(INSERT_JOB, row)
                     break
                 except sqlite3.IntegrityError:
-                    if row[14]:
-                        raise QueueError("%sthe id %s is taken" % (row[16], row[0])) from None
+                    if chosen:
+                        raise QueueError("%sthe id %s is taken" % (place, row[ID])) from None
                     row = (new_id(),) + row[1:]
-            if row[11]:
-                self._execute(TAKE_KEY, {"id": row[0]})
-            if row is not given:
-                stored.instead[row[15]] = row[0]
-            stored.add(row)
+                    stored.instead[number] = row[ID]
+            if row[KEY]:
+                self._execute(TAKE_KEY, {"id": row[ID]})
+            stored.add(row, place)
 
     def _link(self, stored: _Batch, now: float) -> None:
         """Make jobs wait for those that they name. A cycle can only be among the new ones
@@ -2040,12 +2041,13 @@ class Queue:
             if not unmet and (job["run_after"] or 0) <= now:
                 stored.count_ready(job["queue"])
         if forward:
-            free = [seq for seq in needs if not any(need in needs for need in needs[seq])]
+            # Take away who waits for nobody, until nobody is left, or only a circle.
             users: dict[int, list[int]] = {}
             for seq, their in needs.items():
                 for need in their & needs.keys():
                     users.setdefault(need, []).append(seq)
             left = {seq: len(their & needs.keys()) for seq, their in needs.items()}
+            free = [seq for seq, count in left.items() if not count]
             while free:
                 seq = free.pop()
                 del left[seq]
@@ -2518,11 +2520,11 @@ class _Batch:
         self.instead: dict[int, str] = {}  # number of a row: the id that counts instead
         self.waiting: list[tuple[str, str, str]] = []  # (id, after, place)
 
-    def add(self, row: tuple[Any, ...]) -> None:
-        if row[10]:
-            self.waiting.append((row[0], row[10], row[16]))
-        if row[6] == READY:
-            self.count_ready(row[2])
+    def add(self, row: tuple[Any, ...], place: str) -> None:
+        if row[AFTER]:
+            self.waiting.append((row[ID], row[AFTER], place))
+        if row[HOLD] == READY:
+            self.count_ready(row[QUEUE])
 
     def count_ready(self, queue: str) -> None:
         self.ready[queue] = self.ready.get(queue, 0) + 1
@@ -2534,7 +2536,7 @@ class _Spool:
     IN_MEMORY = 10
 
     def __init__(self) -> None:
-        self._chunks: list[list[tuple[Any, ...]]] = [[]]
+        self._chunks: list[list[NewRow]] = [[]]
         self._file: IO[bytes] | None = None
         self._length = 0
 
@@ -2545,7 +2547,7 @@ class _Spool:
     def __len__(self) -> int:
         return self._length
 
-    def add(self, row: tuple[Any, ...]) -> None:
+    def add(self, row: NewRow) -> None:
         self._chunks[-1].append(row)
         self._length += 1
         if len(self._chunks[-1]) == PAGE:
@@ -2560,7 +2562,7 @@ class _Spool:
                     raise QueueError("cannot write a temporary file: %s" % error.strerror) from None
             self._chunks.append([])
 
-    def __iter__(self) -> Iterator[list[tuple[Any, ...]]]:
+    def __iter__(self) -> Iterator[list[NewRow]]:
         yield from self._chunks[:self.IN_MEMORY]
         if self._file is not None:
             import marshal
@@ -2574,8 +2576,7 @@ class _Spool:
 
 
 def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """A function that makes parsed fields into the parameters of INSERT_JOB, and whether the
-    caller chose the id."""
+    """A function that makes parsed fields into the parameters of INSERT_JOB."""
     ids, created = new_ids(), iso(now)
     try:
         folder = parse_cwd(os.getcwd())
@@ -2595,8 +2596,7 @@ def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[
         return (get("id") or next(ids), fields["command"], get("queue", DEFAULT_QUEUE),
                 get("priority", 0), get("max_retries", max_retries), get("timeout"), hold,
                 run_after, cwd, json.dumps(env) if env else None,
-                " ".join(after) if after else None, get("unique"), created, created,
-                "id" in fields)
+                " ".join(after) if after else None, get("unique"), created, created)
 
     return row
 
@@ -3109,8 +3109,9 @@ class Worker:
         elif settled.state == "completed":
             self._log.event("job %s completed in %s" % (self._job, took))
         elif settled.run_after is not None:
+            wait = format_age(round(settled.run_after - time.time(), 1))
             self._log.event("job %s failed after %s, again in %s: %s" % (
-                self._job, took, format_age(settled.run_after - time.time()), result.error))
+                self._job, took, wait, result.error))
         else:
             self._log.event("job %s %s after %s: %s" % (
                 self._job, {"pending": "is put back"}.get(settled.state, settled.state), took,
@@ -4458,6 +4459,7 @@ def cmd_completion(args: argparse.Namespace) -> None:
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
+        self._action_max_length = 14  # or the longest command would have a line of its own
 
 
 class Parser(argparse.ArgumentParser):
