@@ -3565,7 +3565,8 @@ def start_detached(options: StartOptions, ensure: bool) -> tuple[int, str]:
             try:
                 process = subprocess.Popen(
                     words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                    cwd=os.sep, start_new_session=True)
+                    cwd=os.sep, start_new_session=True,
+                    creationflags=getattr(subprocess, "DETACHED_PROCESS", 0))  # Windows
             finally:
                 os.close(errors)
             while process.poll() is None:

@@ -121,6 +121,7 @@ class Case(unittest.TestCase):
         log = self.path("log-%d" % len(self.processes))
         with open(log, "wb") as file:
             options.setdefault("stderr", file)
+            options.setdefault("stdout", subprocess.DEVNULL)
             # As in a terminal, however this suite was started (nohup, in the background).
             options.setdefault("preexec_fn", default_signals)
             process = subprocess.Popen(
@@ -148,26 +149,24 @@ class Case(unittest.TestCase):
         return err
 
     def end_processes(self):
-        """End what this test started: the supervisors, their workers and their jobs."""
-        if any(process.poll() is None for process in self.processes):
+        """End what this test started: the supervisors, their workers and their jobs. All on
+        this test's database are its own."""
+        infos = []
+        if self.processes and os.path.exists(self.db):
             with contextlib.suppress(QueueError), Queue(self.db) as queue:
-                infos = queue.workers(supervisors=True)
-                queue.order_stop(queuectl.NOW)
-                ours = {process.pid for process in self.processes}
-                leaders = {info.name for info in infos if info.pid in ours}
-                for process in self.processes:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(10)
-                for info in infos:
-                    if info.supervisor in leaders:
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(info.pid, signal.SIGKILL)
+                infos = queue.order_stop(queuectl.NOW)
         for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10 if infos else 0)
             if process.poll() is None:
                 process.kill()
             process.wait()
             if process.stdout:
                 process.stdout.close()
+        for info in infos:
+            if queuectl.is_held(os.path.join(self.db + "-run", info.name + ".lock")):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(info.pid, signal.SIGKILL)
 
     # Waiting for events.
 
@@ -2761,6 +2760,19 @@ def process_status(pid, key):
 class Process(Case):
     """What tests of processes need besides."""
 
+    def freeze(self, pid):
+        """Stop a process with SIGSTOP, but not while it holds the writer lock."""
+        def free():
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                with contextlib.closing(sqlite3.connect(self.db, timeout=0.5)) as look:
+                    look.execute("BEGIN IMMEDIATE")
+                return True
+            except sqlite3.OperationalError:
+                os.kill(pid, signal.SIGCONT)
+                return False
+        self.until(free)
+
     def use(self, *names):
         """Go on with another database."""
         self.db = self.env["QUEUECTL_DB"] = os.environ["QUEUECTL_DB"] = self.path(*names)
@@ -3952,7 +3964,7 @@ class Guarantees(Process):
         pid = meeting.arrived()
         worker = self.infos()[0]
         # A worker that does not move, as on a laptop that sleeps, and clocks that jump.
-        os.kill(worker.pid, signal.SIGSTOP)
+        self.freeze(worker.pid)
         self.sql("UPDATE jobs SET locked_at = '1970-01-01T00:00:00.000Z', "
                  "updated_at = '2999-01-01T00:00:00.000Z'", "UPDATE runs SET started_at = 0",
                  "UPDATE workers SET started_at = '1970-01-01T00:00:00.000Z'")
@@ -4010,7 +4022,7 @@ class Guarantees(Process):
         process = self.workers()
         pid = meeting.arrived()
         self.until(lambda: read_file(self.record()))
-        os.kill(process.pid, signal.SIGSTOP)
+        self.freeze(process.pid)
         self.addCleanup(lambda: process.poll() is None and os.kill(process.pid, signal.SIGCONT))
         worker = self.infos()[0].pid
         os.kill(worker, signal.SIGKILL)
@@ -4097,7 +4109,7 @@ class Guarantees(Process):
         self.assertEqual([run.outcome for run in self.runs("a")], ["lost"] * 3 + [None])
         # One that was to be cancelled does not run again.
         worker = self.infos()[0].pid
-        os.kill(worker, signal.SIGSTOP)
+        self.freeze(worker)
         self.ok("cancel", "a")
         self.assertEqual(self.job("a").state, "processing")
         os.kill(worker, signal.SIGKILL)
@@ -4111,7 +4123,7 @@ class Guarantees(Process):
         """The dead worker is the first that anybody would wake for the job that it has lost."""
         self.workers()
         worker = self.infos()[0].pid
-        os.kill(worker, signal.SIGSTOP)
+        self.freeze(worker)
         with Queue(self.db) as queue:
             queue.register("0", "0", 1, 0, None)
             queue.enqueue("true", id="a", max_retries=5)
