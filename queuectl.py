@@ -3434,7 +3434,8 @@ class Supervisor:
                 continue
             quick = time.monotonic() - seat.started < SETTLED_IN
             seat.deaths = seat.deaths + 1 if quick else 0
-            pause = min(LONGEST_PAUSE, 0.05 * 2 ** min(seat.deaths, 10)) if seat.deaths else 0.0
+            # At once after the first death, then after 0.2, 0.4, 0.8 ... seconds.
+            pause = min(LONGEST_PAUSE, 0.05 * 2 ** min(seat.deaths, 10)) if seat.deaths > 1 else 0.0
             seat.replace_at = time.monotonic() + pause
         if os.getpid() == 1:
             bury_strangers({seat.process.pid for seat in self._seats.values()
