@@ -1491,6 +1491,18 @@ class Storage(StorageCase):
         self.assertEqual(sorted(queue.stats()), [("default", "completed", 3, 6.0),
                                                  ("default", "failed", 1, 2.0)])
 
+    def test_a_busy_worker_counts_its_runs_now_and_then(self):
+        clock = self.clock()
+        queue = self.queue()
+        list(queue.enqueue_many({"command": "true"} for _ in range(4)))
+        claim = self.claim(queue)
+        counted = []
+        for later in (0, 0, queuectl.TALLY_DELAY, 0):
+            clock.now += later
+            _, claim = queue.turn(self.result(claim), "w", "w.0")
+            counted.append(sum(row[2] for row in queue.stats()))
+        self.assertEqual(counted, [0, 0, 3, 4])  # the last turn found no job
+
     def test_the_oldest_ready_job(self):
         clock = self.clock()
         queue = self.queue()
@@ -2887,6 +2899,26 @@ class Platform(Process):
 
     HOLDER = "import queuectl, sys; queuectl.hold(sys.argv[1]); print(1, flush=True); input()"
 
+    def test_which_lines_need_a_shell(self):
+        for line in ("true", "/bin/true", "./a b", "  tar\tczf  /a/b.tgz -C / etc", "dd if=a of=b",
+                     "date +%F", "scp u@h:a,b x_1"):
+            self.assertEqual(queuectl._plain_words(line), line.split(), line)
+        for line in ("", " ", "a;", "a&", "a|b", "a>b", "$a", "`a`", "'a'", '"a"', "a\\b", "a\nb",
+                     "~/a", "a ~", "a*", "a?", "[ a ]", "{ a }", "a {b,c}", "!a", "a #b", "(a)",
+                     "\u00e9", "a=b", "a=b c", "cd /", "echo a", "exec a", ". a", ": a", "if a",
+                     "test a", "time a"):
+            self.assertEqual(queuectl._plain_words(line), [], line)
+        lock = queuectl.RunLock(self.path("x"))
+        self.addCleanup(lock.close)
+        lock.renew()
+        self.addCleanup(os.chdir, os.getcwd())
+        with mock.patch.object(os, "posix_spawn", side_effect=AssertionError("a shell")):
+            child = queuectl.Child("true", self.dir, dict(os.environ), lock)
+            os.close(child.fd)
+            self.assertEqual(child.reap(), (0, None))
+            with self.assertRaisesRegex(AssertionError, "a shell"):
+                queuectl.Child("true;", self.dir, dict(os.environ), lock)
+
     def test_a_lock_is_held_for_as_long_as_its_process_lives(self):
         path = self.path("a.lock")
         self.assertFalse(queuectl.is_held(path))
@@ -3268,6 +3300,35 @@ class Workers(Process):
         self.drain()
         self.assertEqual(self.output("a").decode().strip(), self.path("folder"))
         self.assertEqual(self.output("b").decode().strip(), os.getcwd())
+
+    def test_a_line_that_needs_no_shell_ends_as_with_one(self):
+        for name, text in (("noshebang", "echo shell $0 $@"), ("a-script", "#!/bin/sh\necho $0 $@"),
+                           ("secret", "#!/bin/sh")):
+            with open(self.path(name), "w") as file:
+                file.write(text + "\n")
+            os.chmod(self.path(name), 0o644 if name == "secret" else 0o755)
+        os.mkdir(self.path("bin"))
+        os.rename(self.path("a-script"), self.path("bin", "a-script"))
+        os.mkdir(self.path("there"))
+        os.symlink("there", self.path("link"))
+        there = {"PATH": "%s:/usr/bin:/bin" % self.path("bin")}
+        lines = [(line, {}) for line in (
+            "true", "false", "printenv PWD", "pwd", "echo -e x", "  expr\t7  +  4 ", ":", "while",
+            "dd if=/dev/null of=/dev/null status=none", "no-such-command 1", "./no/such",
+            "../noshebang 1 2", "../bin/a-script a=b", "../secret", "../there", "a-script x",
+            "A=b printenv A", "test -d ../there", "kill -l 9", "exit 3",
+            ". ../noshebang", "exec printenv HOME", "if true")]
+        jobs = [(self.add(None, line, cwd=self.path(cwd), env=env, max_retries=1), line, env, cwd)
+                for line, env in lines + [("a-script x", there)] for cwd in ("there", "link")]
+        self.drain()
+        for id, line, env, cwd in jobs:
+            with self.subTest(line=line, env=env, cwd=cwd):
+                shell = subprocess.run(
+                    ["/bin/sh", "-c", line], cwd=self.path(cwd),
+                    env=dict(self.env, PWD=self.path(cwd), **env), stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                self.assertEqual((self.job(id).exit_code, self.output(id)),
+                                 (shell.returncode, shell.stdout))
 
     def test_a_job_is_retried_and_then_dead(self):
         self.configure(backoff_base=0)
