@@ -1371,7 +1371,23 @@ DUE_BATCH = 500  # jobs that one transaction moves from later to ready
 PRUNE_BATCH = 200  # jobs that one transaction deletes
 VACUUM_STEP = 256  # free pages that one transaction gives back
 
-MIGRATIONS = ((
+_RUNS = (
+    """CREATE TABLE runs (
+        run INTEGER PRIMARY KEY,                -- never used twice; see START_RUN
+        job INTEGER NOT NULL,                   -- jobs.seq
+        previous INTEGER,                       -- run of that job
+        worker TEXT NOT NULL,
+        lock TEXT NOT NULL,                     -- the file of its RunLock
+        started_at REAL NOT NULL,               -- epoch seconds
+        finished_at REAL,
+        exit_code INTEGER,
+        signal INTEGER,
+        outcome TEXT,                           -- NULL while it runs
+        error TEXT,
+        output BLOB)""",
+    "CREATE INDEX runs_open ON runs (worker, job) WHERE outcome IS NULL",  # = processing jobs
+)
+SCHEMA = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- first in, first out
         id TEXT NOT NULL UNIQUE,
@@ -1395,27 +1411,14 @@ MIGRATIONS = ((
         unique_key TEXT,
         unmet INTEGER NOT NULL DEFAULT 0,       -- how many of `after` have not completed
         cancel INTEGER NOT NULL DEFAULT 0,      -- the worker is asked to end it
-        run INTEGER)                            -- its current or last run""",
+        run INTEGER)                            -- its current or last run; NULL: none yet""",
     """CREATE INDEX jobs_ready ON jobs (queue, priority DESC, seq)
         WHERE state = 'pending' AND hold = 0""",
     """CREATE INDEX jobs_waiting ON jobs (hold, run_after, queue)
         WHERE state = 'pending' AND hold > 0""",
     """CREATE INDEX jobs_ended ON jobs (state, queue)
         WHERE state IN ('completed', 'dead', 'cancelled')""",
-    """CREATE TABLE runs (
-        run INTEGER PRIMARY KEY AUTOINCREMENT,
-        job INTEGER NOT NULL,                   -- jobs.seq
-        worker TEXT NOT NULL,
-        lock TEXT NOT NULL,                     -- the file of its RunLock
-        started_at REAL NOT NULL,               -- epoch seconds
-        finished_at REAL,
-        exit_code INTEGER,
-        signal INTEGER,
-        outcome TEXT,                           -- NULL while it runs
-        error TEXT,
-        output BLOB)""",
-    "CREATE INDEX runs_job ON runs (job)",
-    "CREATE INDEX runs_open ON runs (worker, job) WHERE outcome IS NULL",  # = processing jobs
+    *_RUNS,
     # The unique keys of the jobs that have not ended.
     "CREATE TABLE keys (key TEXT PRIMARY KEY, job INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE deps (job INTEGER, needs INTEGER, PRIMARY KEY (job, needs)) WITHOUT ROWID",
@@ -1435,7 +1438,18 @@ MIGRATIONS = ((
         minute INTEGER, queue TEXT, outcome TEXT, runs INTEGER, seconds REAL,
         PRIMARY KEY (minute, queue, outcome)) WITHOUT ROWID""",
     "INSERT INTO config VALUES ('database_id', lower(hex(randomblob(16))))",
-),)
+)
+VERSION = 2  # of this schema: PRAGMA user_version
+UPGRADES = {  # from the version before
+    2: ("ALTER TABLE runs RENAME TO old_runs", "DROP INDEX runs_open", *_RUNS, """
+        INSERT INTO runs
+            SELECT run, job, (SELECT max(run) FROM old_runs AS earlier
+                              WHERE earlier.job = old_runs.job AND earlier.run < old_runs.run),
+                worker, lock, started_at, finished_at, exit_code, signal, outcome, error, output
+            FROM old_runs""",
+        "INSERT INTO config SELECT 'last_run', seq FROM sqlite_sequence WHERE name = 'old_runs'",
+        "DROP TABLE old_runs"),
+}
 
 IS_READY = "state = 'pending' AND hold = 0"
 IS_WAITING = "state = 'pending' AND hold > 0"
@@ -1469,9 +1483,14 @@ SELECT_PAGE = SELECT_JOBS + """
     WHERE jobs.seq > :last AND (:queue IS NULL OR +queue = :queue) AND %s
     ORDER BY jobs.seq LIMIT :limit"""
 SELECT_JOB = SELECT_JOBS + " WHERE jobs.id = :id"
+RUNS_OF_JOB = """
+    WITH RECURSIVE chain(link) AS (
+        SELECT run FROM jobs WHERE seq = :seq
+        UNION ALL SELECT previous FROM chain JOIN runs ON run = link)
+    SELECT link FROM chain"""
 SELECT_RUNS = """
     SELECT run, worker, started_at, finished_at, exit_code, signal, outcome, error
-    FROM runs WHERE job = :seq ORDER BY run"""
+    FROM runs WHERE run IN (%s) ORDER BY run""" % RUNS_OF_JOB
 
 INSERT_JOB = """
     INSERT INTO jobs (id, command, queue, priority, max_retries, timeout, hold, run_after,
@@ -1521,7 +1540,7 @@ NEXT_DUE = """
 # else a claim needs to know comes along: a statement costs more than what it asks for here.
 RUN_SETTINGS = ("job_timeout", "kill_grace", "output_limit")
 _CLAIM = """
-    SELECT seq, id, command, attempts + 1 AS attempts, max_retries, timeout, queue, cwd, env,
+    SELECT seq, id, command, attempts + 1 AS attempts, max_retries, timeout, queue, cwd, env, run,
         EXISTS (""" + IS_DUE + ") AS due, " + ", ".join(
             "(SELECT value FROM config WHERE key = '%s') AS %s" % (key, key)
             for key in RUN_SETTINGS) + """
@@ -1544,8 +1563,13 @@ CLAIM_JOB = """
     UPDATE jobs SET state = 'processing', attempts = attempts + 1, cancel = 0, run = :run,
         locked_by = :worker, locked_at = :at, updated_at = :at
     WHERE seq = :seq"""
+# Numbers rise even where the newest runs have been deleted. (AUTOINCREMENT would write another
+# page for each run, as an index of the runs by job would.)
 START_RUN = """
-    INSERT INTO runs (job, worker, lock, started_at) VALUES (:seq, :worker, :lock, :now)"""
+    INSERT INTO runs (run, job, previous, worker, lock, started_at)
+    VALUES (1 + max(ifnull((SELECT max(run) FROM runs), 0), ifnull(
+                (SELECT CAST(value AS INTEGER) FROM config WHERE key = 'last_run'), 0)),
+            :seq, :previous, :worker, :lock, :now)"""
 HELD_BY_RUN = """
     SELECT attempts, max_retries, cancel, queue, last_error, unique_key,
         EXISTS (SELECT 1 FROM deps WHERE needs = :seq) AS needed
@@ -1602,9 +1626,10 @@ PRUNABLE = """
             SELECT 1 FROM deps JOIN jobs AS dependant ON dependant.seq = deps.job
             WHERE deps.needs = jobs.seq AND jobs.state != 'completed' AND dependant.unmet > 0)
     FROM jobs WHERE seq > :last ORDER BY seq LIMIT :limit"""
+LAST_RUN = "SELECT max(run) FROM runs"
 DELETE_JOB = (
-    "DELETE FROM deps WHERE job = ?", "DELETE FROM deps WHERE needs = ?",
-    "DELETE FROM runs WHERE job = ?", "DELETE FROM jobs WHERE seq = ?",
+    "DELETE FROM deps WHERE job = :seq", "DELETE FROM deps WHERE needs = :seq",
+    "DELETE FROM runs WHERE run IN (%s)" % RUNS_OF_JOB, "DELETE FROM jobs WHERE seq = :seq",
 )
 
 COUNT_JOBS = """
@@ -1793,9 +1818,9 @@ class Queue:
                              % (self.path, length, pages * size))
 
     def _check_version(self, version: int) -> None:
-        if version > len(MIGRATIONS):
+        if version > VERSION:
             raise QueueError("%s was made by a newer queuectl (schema %d; this one knows %d)"
-                             % (self.path, version, len(MIGRATIONS)))
+                             % (self.path, version, VERSION))
 
     def _set_up(self) -> None:
         self._execute("PRAGMA synchronous = %s" % ("FULL" if self._durable else "NORMAL"))
@@ -1804,10 +1829,10 @@ class Queue:
         self._execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
         version = self._value("PRAGMA user_version")
         self._check_version(version)
-        if version == len(MIGRATIONS) and self._expect in (None, self.identity()):
-            return
-        if self._expect:
+        if self._expect and (not version or self._expect != self.identity()):
             raise self._gone()
+        if version == VERSION:
+            return
         # First the mark, in a rollback journal, so that no other program and no other first
         # use ever sees a WAL database without it.
         if self._value("PRAGMA application_id") != APPLICATION_ID:
@@ -1816,12 +1841,14 @@ class Queue:
             with self._transaction():
                 self._execute("PRAGMA application_id = %d" % APPLICATION_ID)
         self._execute("PRAGMA journal_mode = WAL")
-        for number, statements in enumerate(MIGRATIONS, 1):
-            with self._transaction():
-                if self._value("PRAGMA user_version") < number:
-                    for statement in statements:
-                        self._execute(statement)
-                    self._execute("PRAGMA user_version = %d" % number)
+        with self._transaction():
+            version = self._value("PRAGMA user_version")  # others may have been faster
+            self._check_version(version)
+            statements = [text for number in range(version + 1, VERSION + 1)
+                          for text in UPGRADES[number]] if version else SCHEMA
+            for statement in statements:
+                self._execute(statement)
+            self._execute("PRAGMA user_version = %d" % VERSION)
 
     # Executing. Every statement goes through here.
 
@@ -2311,14 +2338,18 @@ class Queue:
         parameters = {"before": iso(before), "last": last, "limit": PAGE}
         rows = self._rows(PRUNABLE % words, parameters)
         reached = rows[-1][0] if len(rows) == PAGE else None
-        seqs: list[tuple[int]] = []
+        seqs: list[dict[str, int]] = []
         if any(row[1] for row in rows):
             with self._transaction():  # looks again: a dead job may have been retried
-                seqs = [(row[0],) for row in self._rows(PRUNABLE % words, parameters)
+                seqs = [{"seq": row[0]} for row in self._rows(PRUNABLE % words, parameters)
                         if row[1]][:PRUNE_BATCH]
+                last_run = self._value(LAST_RUN)
+                if last_run:
+                    self._execute("INSERT OR REPLACE INTO config VALUES ('last_run', ?)",
+                                  (last_run,))
                 for statement in DELETE_JOB:
                     self._execute(statement, seqs, many=True)
-        return (seqs[-1][0] if len(seqs) == PRUNE_BATCH else reached), len(seqs)
+        return (seqs[-1]["seq"] if len(seqs) == PRUNE_BATCH else reached), len(seqs)
 
     def give_back_space(self, steps: int) -> None:
         """Shorten the file by the pages that deleted jobs have left free: by at most VACUUM_STEP
@@ -2508,7 +2539,8 @@ class Queue:
         settings = {key: SETTINGS[key].default if row[key] is None else float(row[key])
                     for key in RUN_SETTINGS}
         run = self._execute(START_RUN, {
-            "seq": row["seq"], "worker": worker, "lock": lock, "now": now}).lastrowid
+            "seq": row["seq"], "previous": row["run"], "worker": worker, "lock": lock,
+            "now": now}).lastrowid
         self._execute(CLAIM_JOB, {
             "seq": row["seq"], "run": run, "worker": worker, "at": iso(now)})
         return Claim(
