@@ -1438,7 +1438,7 @@ else:
 # repeat an index's predicate word for word, or SQLite reads the whole table in silence.
 
 APPLICATION_ID = 0x71756575  # "queu"; what marks a database file as ours
-WAL_LIMIT = 8 * 1024 ** 2  # bytes of -wal from which on somebody checkpoints it
+WAL_LIMIT = 16 * 1024 ** 2  # bytes of -wal from which on somebody checkpoints it
 DUE_BATCH = 500  # jobs that one transaction moves from later to ready
 PRUNE_BATCH = 200  # jobs that one transaction deletes
 VACUUM_STEP = 256  # free pages that one transaction gives back

@@ -51,6 +51,7 @@ BENCH = os.path.abspath(__file__)
 PROGRAM = os.path.join(os.path.dirname(os.path.dirname(BENCH)), "queuectl.py")
 PATIENCE = 120.0  # seconds after which something that should have happened is broken
 WARM_UP = 200  # completions before a rate is timed: start-up is no part of it
+PROGRAM_JOB = "/bin/sleep 0"  # a program, where `true` is a builtin of the shell
 MILLION = 1000000
 
 
@@ -309,7 +310,8 @@ def tell(text: str) -> None:
 
 def batch(prefix: str, count: int, **fields: Any) -> Iterator[Dict[str, Any]]:
     """Jobs prefix0, prefix1, ... that do nothing."""
-    return (dict(fields, id="%s%d" % (prefix, number), command="true") for number in range(count))
+    return (dict(dict(command="true"), id="%s%d" % (prefix, number), **fields)
+            for number in range(count))
 
 
 def write_lines(path: str, jobs: Iterable[Dict[str, Any]]) -> str:
@@ -333,20 +335,33 @@ def drain(lab: Lab) -> Iterator[Row]:
     """Jobs `true` with two workers against other tools: jobs per second of whole commands."""
     count, few = lab.sizes.drained, lab.sizes.peer_jobs
     full = lab.fresh("drain-full.db", batch("j", count))
+    lines = lab.fresh("drain-lines.db", batch("j", count, command="true;"))
+    programs = lab.fresh("drain-programs.db", batch("j", count, command=PROGRAM_JOB))
     peers: Dict[str, Callable[[], float]] = {}
+    others = {"lines": lambda: drain_all(lab, lines, count),
+              "programs": lambda: drain_all(lab, programs, count),
+              "nothing": lambda: drain_nothing(lab)}
     if shutil.which("xargs"):
         peers["xargs -P2"] = lambda: xargs(lab, count)
+        others["xargs"] = lambda: xargs(lab, count, PROGRAM_JOB)
     if shutil.which("tsp"):
         peers["task-spooler"] = lambda: task_spooler(lab, few)
     if is_gnu_parallel():
         peers["GNU parallel -j2"] = lambda: gnu_parallel(lab, few)
-    found = in_turn(dict(peers, queuectl=lambda: drain_all(lab, full, count),
-                         nothing=lambda: drain_nothing(lab)), lab.sizes.pairs)
+    found = in_turn(dict(peers, queuectl=lambda: drain_all(lab, full, count), **others),
+                    lab.sizes.pairs)
     ours = found["queuectl"]
     for name in peers:
         yield ratio_row("drain %s jobs, 2 workers / %s" % ("{:,}".format(count), name),
                         at_least(1.0, "x"), ours, found[name], "%d jobs/s against %d" % (
                             statistics.median(ours), statistics.median(found[name])))
+    if "xargs" in others:
+        yield ratio_row("the same of a program, %s / xargs -P2" % PROGRAM_JOB, at_least(1.0, "x"),
+                        found["programs"], found["xargs"], "%d jobs/s against %d" % (
+                            statistics.median(found["programs"]),
+                            statistics.median(found["xargs"])))
+    yield ratio_row("the same of lines for the shell, `true;` / of `true`", None,
+                    found["lines"], ours, "%d jobs/s" % statistics.median(found["lines"]))
     yield Row("drain 0 jobs, 2 workers", None, 1000 * statistics.median(found["nothing"]), "ms",
               "start and stop, which are part of the drains above")
 
@@ -365,10 +380,10 @@ def drain_all(lab: Lab, full: str, count: int) -> float:
     return count / taken
 
 
-def xargs(lab: Lab, count: int) -> float:
+def xargs(lab: Lab, count: int, command: str = "true") -> float:
     with open(write_lines(lab.path("lines"), batch("j", count)), "rb") as lines:
         settle()
-        return count / lab.seconds(["xargs", "-P2", "-I{}", "sh", "-c", "true"], stdin=lines)
+        return count / lab.seconds(["xargs", "-P2", "-I{}", "sh", "-c", command], stdin=lines)
 
 
 def task_spooler(lab: Lab, count: int) -> float:
