@@ -3613,13 +3613,13 @@ class Supervisor:
             seat.process = seat.orders = None
             if code in (0, FATAL):
                 self._seats.pop(slot, None)
+                self._tell(self._level)  # with --drain, the others may be done now
                 if code == FATAL:
                     self._failed = True
                     self._order(DRAIN)
                 elif self._level == RUN and self._seats:  # --ensure must not count on it
                     with contextlib.suppress(QueueError), self._options.open() as queue:
                         queue.set_count(self._name, len(self._seats))
-                self._tell(self._level)  # with --drain, the others may be done now
                 continue
             self._log.warn("worker %d died (%s)" % (
                 slot, "exit code %d" % code if code > 0 else exit_error(None, -code, b"")))
@@ -4657,8 +4657,20 @@ def cmd_completion(args: argparse.Namespace) -> None:
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30)
+        # argparse makes one for each option, and for its width would import shutil: 2 ms
+        super().__init__(prog, max_help_position=30, width=self.columns() - 2)
         self._action_max_length = 14  # or the longest command would have a line of its own
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1)
+    def columns() -> int:
+        """The width of the terminal, as shutil.get_terminal_size() finds it."""
+        with contextlib.suppress(KeyError, ValueError):
+            if int(os.environ["COLUMNS"]) > 0:
+                return int(os.environ["COLUMNS"])
+        with contextlib.suppress(OSError):
+            return os.get_terminal_size().columns or 80
+        return 80
 
 
 class Parser(argparse.ArgumentParser):
