@@ -3369,21 +3369,26 @@ class Worker:
         return result
 
     def _idle(self) -> None:
-        """Sleep until a claim is worth trying."""
+        """Sleep until a claim is worth trying. As long as the database does not change, nothing
+        is read from it but what tells of the death of other workers."""
         queue = self._queue
         os.chdir(os.sep)
+        due: float | None = None
+        known = False  # whether that is so
         while self._level == RUN:
             try:
                 self._keep_house()
-                due = queue.next_due()
+                if not known:
+                    due, known = queue.next_due(), True
                 wait = TICK if due is None else min(TICK, max(0.0, due - time.time()))
                 until = time.monotonic() + wait
                 while not self._rung and self._level == RUN and time.monotonic() < until:
                     self._sleep(until)
                 rung = self._rung
-                self._look_around()
                 if rung or queue.changed() or (due is not None and due <= time.time()):
+                    self._look_around()
                     return
+                self._check_files()
                 if rescue(queue, self._log.warn):
                     return
             except DatabaseUnavailable:
@@ -3430,12 +3435,15 @@ class Worker:
     def _look_around(self) -> None:
         """See what a bell, or a lost one, should have told. QueueError: the file is gone."""
         self._rung = False
-        queue = self._queue
-        queue.check_in_place()
-        if not same_file(self._held, queue.lock_path(self._name)):
-            raise QueueError("%s has been deleted; stopping" % queue.folder)
+        self._check_files()
         with contextlib.suppress(DatabaseUnavailable):
-            self._raise_level(queue.ordered(self._name))
+            self._raise_level(self._queue.ordered(self._name))
+
+    def _check_files(self) -> None:
+        """QueueError if the database, or the folder beside it, has been deleted or replaced."""
+        self._queue.check_in_place()
+        if not same_file(self._held, self._queue.lock_path(self._name)):
+            raise QueueError("%s has been deleted; stopping" % self._queue.folder)
 
     def _keep_house(self) -> None:
         """Delete completed jobs past their time: a small step now and then, so that it never
