@@ -696,7 +696,14 @@ class Schema(StorageCase):
             old.execute("PRAGMA application_id = 0x71756575")
             old.execute("PRAGMA journal_mode = WAL")
             for statement in (
-                    *(text for text in queuectl.SCHEMA if text not in queuectl._RUNS),
+                    *(text for text in queuectl.SCHEMA
+                      if text not in queuectl._RUNS + queuectl._INDEXES),
+                    """CREATE INDEX jobs_ready ON jobs (queue, priority DESC, seq)
+                        WHERE state = 'pending' AND hold = 0""",
+                    """CREATE INDEX jobs_waiting ON jobs (hold, run_after, queue)
+                        WHERE state = 'pending' AND hold > 0""",
+                    """CREATE INDEX jobs_ended ON jobs (state, queue)
+                        WHERE state IN ('completed', 'dead', 'cancelled')""",
                     """CREATE TABLE runs (
                         run INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL,
                         worker TEXT NOT NULL, lock TEXT NOT NULL, started_at REAL NOT NULL,
@@ -721,6 +728,8 @@ class Schema(StorageCase):
             self.assertEqual([run.outcome for run in queue.runs("b")], ["failed", None])
             self.assertEqual((queue.runs("a")[2].exit_code, queue.output(4)), (0, b"AB"))
             self.assertEqual(len(queue.open_runs()), 1)
+            self.assertEqual([queue.counts()[state] for state in queuectl.STATES], [1, 1, 1, 0, 0])
+            self.assertEqual([job.hold for job in queue.jobs()], [-2, -1, 0])
             self.assertEqual(self.claim(queue).run, 10)
             tables = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
             self.assertEqual(*([tuple(row) for row in q._rows(tables)] for q in (queue, new)))
