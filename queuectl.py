@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     # Parameters of INSERT_JOB, whether the caller chose the id, its number in its batch, and
     # the place in the input, for errors.
     NewRow = Tuple[Tuple[Any, ...], bool, int, str]
+    # Runs that have ended: (minute, queue, outcome): (how many, seconds).
+    Tally = Dict[Tuple[float, str, str], Tuple[int, float]]
 
 __version__ = "1.0.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "WorkerInfo", "main"]
@@ -1305,6 +1307,7 @@ else:
                         code = int(stop.code or 0)
                     except BaseException:
                         sys.excepthook(*sys.exc_info())
+                        sys.stderr.flush()
                     finally:
                         os._exit(code)
 
@@ -1793,9 +1796,8 @@ class Queue:
         self._checkpoint_after = 0.0
         self._version = -1
         self._serves_every = True
-        # (minute, queue, outcome): (runs, seconds) of the runs that are not in `stats` yet
-        self._tally: dict[tuple[float, str, str], tuple[int, float]] = {}
-        self._tallied = 0.0  # when there were none
+        self._tally: Tally = {}  # what is not in `stats` yet
+        self._tallied = 0.0  # when that was nothing
         try:
             self._created = self._inspect()
             self._db = sqlite3.connect(
@@ -1822,7 +1824,7 @@ class Queue:
         """Sync and close. The last one to close a database tidies up its -wal file."""
         if id(self) in _connections:
             with contextlib.suppress(QueueError):
-                self.sync()
+                self.sync(leaving=True)
             for fd in (self._wal, self._marks):
                 if fd >= 0:
                     os.close(fd)
@@ -1914,8 +1916,8 @@ class Queue:
         # First the mark, in a rollback journal, so that no other program and no other first
         # use ever sees a WAL database without it.
         if self._value("PRAGMA application_id") != APPLICATION_ID:
-            self._execute("PRAGMA page_size = 1024")  # a commit writes whole pages; with 4096 the
-            # workers drain at 0.85 x the rate
+            # A commit writes whole pages: with 4096 bytes, workers drain at 0.85 x the rate.
+            self._execute("PRAGMA page_size = 1024")
             self._execute("PRAGMA auto_vacuum = INCREMENTAL")
             with self._transaction():
                 self._execute("PRAGMA application_id = %d" % APPLICATION_ID)
@@ -2012,8 +2014,9 @@ class Queue:
         """When sync() must be called (time.monotonic), or None."""
         return None if self._unsynced is None else self._unsynced + SYNC_DELAY
 
-    def sync(self) -> None:
-        """Bring this connection's commits to the disk, where no other worker's sync has.
+    def sync(self, leaving: bool = False) -> None:
+        """Bring this connection's commits to the disk, where no other worker's sync has, or
+        (unless `leaving`) soon will have.
 
         A file tells the workers of each other: it holds the monotonic start of the last sync
         that has ended, and of the one that has begun. What was committed before the first is on
@@ -2032,10 +2035,10 @@ class Queue:
             if self._committed <= ended <= start:
                 self._unsynced = None
                 return
-            if self._unsynced < ended <= start < ended + SYNC_DELAY:
+            if not leaving and self._unsynced < ended <= start < ended + SYNC_DELAY:
                 self._unsynced = ended
                 return
-            if ended < begun <= start < begun + SYNC_DELAY / 2:
+            if not leaving and ended < begun <= start < begun + SYNC_DELAY / 2:
                 self._unsynced = start + SYNC_DELAY / 10 - SYNC_DELAY  # that is, look again then
                 return
             write_at(self._marks, MARKS % (ended, start), 0)
@@ -2159,11 +2162,11 @@ class Queue:
         if not any(row[KEY] for row, _, _, _ in rows):
             self._execute("SAVEPOINT rows")
             try:
-                even = len(rows) - len(rows) % MANY
+                values, even = [row for row, _, _, _ in rows], len(rows) - len(rows) % MANY
                 for start in range(0, even, MANY):
-                    part = rows[start:start + MANY]
-                    self._execute(INSERT_MANY_JOBS, [value for row, _, _, _ in part for value in row])
-                self._execute(INSERT_JOB, [row for row, _, _, _ in rows[even:]], many=True)
+                    self._execute(INSERT_MANY_JOBS, [
+                        value for row in values[start:start + MANY] for value in row])
+                self._execute(INSERT_JOB, values[even:], many=True)
             except sqlite3.IntegrityError:  # an id is taken: find out which, row by row
                 self._execute("ROLLBACK TO rows")
             else:
@@ -2582,8 +2585,7 @@ class Queue:
             self.wake(None, settled.awakened or 1)
         return settled, claim
 
-    def _settle(self, result: Result, now: float,
-                tally: dict[tuple[float, str, str], tuple[int, float]]) -> Settled | None:
+    def _settle(self, result: Result, now: float, tally: Tally) -> Settled | None:
         row = self._row(HELD_BY_RUN, {"seq": result.seq, "run": result.run})
         if row is None:
             return None

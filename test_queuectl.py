@@ -3987,6 +3987,49 @@ class Guarantees(Process):
         self.assertEqual(self.cli("worker", "stop")[0], 0)
         process.wait(PATIENCE)
 
+    def test_01_workers_share_their_syncs(self):
+        """One sync is enough for all that was committed before it began."""
+        keeper = self.queue()
+        keeper.require_safe()
+        first, second = (Queue(self.db, durable=False) for _ in range(2))
+        self.addCleanup(first.close)
+        synced = []
+        marks = os.path.join(keeper.folder, "synced")
+
+        def due(queue):
+            queue._unsynced -= queuectl.SYNC_DELAY
+
+        def while_syncing(fd):
+            synced.append("first")
+            due(second)
+            second.sync()
+            self.assertEqual(synced, ["first"])  # it waits for what goes on
+            self.assertIsNotNone(second.sync_due())
+        with mock.patch.object(queuectl, "flush", while_syncing):
+            second.enqueue("true")
+            first.enqueue("true")
+            due(first)
+            first.sync()
+        with mock.patch.object(queuectl, "flush", lambda fd: synced.append("second")):
+            second.sync()
+            self.assertEqual(synced, ["first"])  # which was enough
+            self.assertIsNone(second.sync_due())
+            second.enqueue("true")
+            due(second)
+            with open(marks, "r+b") as file:  # somebody began, and died
+                begun = time.monotonic()
+                file.write(queuectl.MARKS % (begun - 9, begun - queuectl.SYNC_DELAY))
+            second.sync()
+            self.assertEqual(synced, ["first", "second"])
+            second.enqueue("true")
+            with open(marks, "r+b") as file:  # somebody has just synced that
+                file.write(queuectl.MARKS % (time.monotonic(), time.monotonic()))
+            second.enqueue("true")
+            second.sync()
+            self.assertEqual(synced, ["first", "second"])  # for this one there is time
+            second.close()
+            self.assertEqual(synced, ["first", "second", "second"])
+
     def test_02_one_claim_per_job(self):
         queue = self.queue()
         # The fence: a run that has been taken back can change nothing any more.
