@@ -1228,16 +1228,14 @@ else:
                 os.close(output)
 
         def _spawn(self, command: str, env: Mapping[str, str], actions: Sequence[Any]) -> int:
-            signals = (signal.SIGPIPE, signal.SIGXFSZ)  # Python itself ignores them
+            how: Any = dict(file_actions=actions, setsid=True, setsigmask=(),
+                            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))  # Python ignores them
             words = _plain_words(command)
-            if words and env.get("PATH") == os.environ.get("PATH"):  # posix_spawnp knows ours only
-                with contextlib.suppress(OSError):  # nobody has that name, or it is no binary and
-                    return os.posix_spawnp(         # begins with no #!: the shell knows what to do
-                        words[0], words, env, file_actions=actions,
-                        setsid=True, setsigmask=(), setsigdef=signals)
-            return os.posix_spawn(
-                "/bin/sh", ["/bin/sh", "-c", command], env, file_actions=actions,
-                setsid=True, setsigmask=(), setsigdef=signals)
+            if words and env.get("PATH") == os.environ.get("PATH"):  # it looks in ours
+                with contextlib.suppress(OSError):
+                    return os.posix_spawnp(words[0], words, env, **how)
+            # Or nobody has that name, or a script begins without #!: the shell knows what to do.
+            return os.posix_spawn("/bin/sh", ["/bin/sh", "-c", command], env, **how)
 
         def read(self) -> bytes | None:
             """Output that is there now: None if there is none, b"" at its end."""
