@@ -3304,9 +3304,10 @@ class Worker:
                            "not count" % (self._job, result.outcome))
         elif settled.state == "completed":
             self._log.event("job %s completed in %s" % (self._job, took))
-        elif settled.run_after is not None:
-            wait = format_age(round(settled.run_after - time.time(), 1))
-            self._log.event("job %s failed after %s, again in %s: %s" % (
+        elif settled.state == "pending" and result.outcome != "interrupted":
+            wait = "at once" if settled.run_after is None else \
+                "in " + format_age(round(settled.run_after - time.time(), 1))
+            self._log.event("job %s failed after %s, again %s: %s" % (
                 self._job, took, wait, result.error))
         else:
             self._log.event("job %s %s after %s: %s" % (

@@ -3388,6 +3388,7 @@ class Workers(Process):
                          [b"%d of 3\n" % n for n in (1, 2, 3)])
         self.assertIn("exit code 3: 3 of 3", job.last_error)
         self.assertEqual(len(self.runs("b")), 1)
+        self.assertRegex(log, r"job a failed after [^ ]+, again at once: exit code 1")
         self.assertRegex(log, r"job a started \(attempt 2 of 3\)")
         self.assertRegex(log, r"job a dead after [^ ]+: exit code 3")
         self.ok("dlq", "retry", "a")
