@@ -1923,11 +1923,21 @@ class Queue:
         with self._transaction():
             version = self._value("PRAGMA user_version")  # others may have been faster
             self._check_version(version)
+            if 0 < version < VERSION:
+                self._refuse_older_workers()
             statements = [text for number in range(version + 1, VERSION + 1)
                           for text in UPGRADES[number]] if version else SCHEMA
             for statement in statements:
                 self._execute(statement)
             self._execute("PRAGMA user_version = %d" % VERSION)
+
+    def _refuse_older_workers(self) -> None:
+        """Workers that know an older schema must not go on with a newer one."""
+        pids = [str(row["pid"]) for row in self._rows("SELECT name, pid FROM workers")
+                if is_held(self.lock_path(row["name"]))]
+        if pids:
+            raise QueueError("%s is served by workers of an older queuectl; let them finish "
+                             "first: kill %s" % (self.path, " ".join(pids)))
 
     # Executing. Every statement goes through here.
 

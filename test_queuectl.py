@@ -723,6 +723,11 @@ class Schema(StorageCase):
                           (9, 3, "1", "'failed'"))),
                     "DELETE FROM runs WHERE run = 9", "PRAGMA user_version = 1"):
                 old.execute(statement)
+            old.execute("INSERT INTO workers VALUES ('w', 's', 1, 0, 4711, NULL, '', 0)")
+            lock = self.path("q.db-run", "w.lock")
+            with mock.patch.object(queuectl, "is_held", lambda path: path == lock):
+                self.refuses("older queuectl; let them finish first: kill 4711", Queue, self.db)
+            self.assertEqual(old.execute("PRAGMA user_version").fetchall(), [(1,)])
         with Queue(self.db) as queue, Queue(self.path("new.db")) as new:
             self.assertEqual([run.run for run in queue.runs("a")], [1, 3, 4])
             self.assertEqual([run.outcome for run in queue.runs("b")], ["failed", None])
