@@ -1621,7 +1621,7 @@ NEXT_DUE = """
 RUN_SETTINGS = ("job_timeout", "kill_grace", "output_limit")
 _CLAIM = """
     SELECT seq, id, command, attempts + 1 AS attempts, max_retries, timeout, queue, cwd, env, run,
-        EXISTS (""" + IS_DUE + ") AS due, " + ", ".join(
+        state, EXISTS (""" + IS_DUE + ") AS due, " + ", ".join(
             "(SELECT value FROM config WHERE key = '%s') AS %s" % (key, key)
             for key in RUN_SETTINGS) + """
     FROM jobs WHERE seq IN (
@@ -1638,6 +1638,8 @@ NEXT_OF_EVERY_QUEUE = """
         FROM served WHERE served.queue IS NOT NULL)""" + _CLAIM
 NEXT_OF_SERVED = _CLAIM.replace("served", "temp.served")
 
+MEND_HOLD = """
+    UPDATE jobs SET hold = CASE state WHEN 'processing' THEN -1 ELSE -2 END WHERE seq = :seq"""
 CLAIM_JOB = """
     UPDATE jobs SET state = 'processing', hold = -1, attempts = attempts + 1, cancel = 0,
         run = :run, locked_by = :worker, locked_at = :at, updated_at = :at
@@ -2034,10 +2036,11 @@ class Queue:
         if self._unsynced is None:
             return
         try:
+            if self._marks < 0:
+                self._marks = create_file(os.path.join(self.folder, "synced"))
             if self._wal < 0:
                 self._wal = os.open(self.path + "-wal", os.O_RDWR)
                 flush_folder(os.path.dirname(self.path))  # its name must last as well
-                self._marks = create_file(os.path.join(self.folder, "synced"))
             start = time.monotonic()
             ended, begun = map(float, (read_at(self._marks, 64, 0) or b"0 0").split())
             if self._committed <= ended <= start:
@@ -2049,9 +2052,11 @@ class Queue:
             if not leaving and ended < begun <= start < begun + SYNC_DELAY / 2:
                 self._unsynced = start + SYNC_DELAY / 10 - SYNC_DELAY  # that is, look again then
                 return
-            write_at(self._marks, MARKS % (ended, start), 0)
+            with contextlib.suppress(OSError):  # a hint only: the disk may be full
+                write_at(self._marks, MARKS % (ended, start), 0)
             flush(self._wal)
-            write_at(self._marks, MARKS % (start, start), 0)
+            with contextlib.suppress(OSError):
+                write_at(self._marks, MARKS % (start, start), 0)
         except OSError as error:
             self._unsynced = time.monotonic() + 1 - SYNC_DELAY  # again in a second
             raise DatabaseUnavailable("cannot sync %s: %s" % (self.path, error.strerror)) from None
@@ -2622,6 +2627,10 @@ class Queue:
         find_next = NEXT_OF_EVERY_QUEUE if self._serves_every else NEXT_OF_SERVED
         row = self._row(find_next, {"now": now})
         if (row is None or row["due"]) and self._execute(MOVE_DUE, {"now": now}).rowcount:
+            row = self._row(find_next, {"now": now})
+        while row is not None and row["state"] != "pending":
+            # A program that has had this file open since before its upgrade changes `state` only.
+            self._execute(MEND_HOLD, {"seq": row["seq"]})
             row = self._row(find_next, {"now": now})
         if row is None:
             return None

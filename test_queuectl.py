@@ -966,8 +966,8 @@ class Schema(StorageCase):
                 for _ in range(5):
                     queue.enqueue("true")
                 connection, count = opened[-1], [0]
-                connection.execute("UPDATE jobs SET state = 'completed' WHERE queue = 'default' "
-                                   "AND hold = 0 AND seq <= ?", (many * 4,))
+                connection.execute("UPDATE jobs SET state = 'completed', hold = -2 "
+                                   "WHERE queue = 'default' AND hold = 0 AND seq <= ?", (many * 4,))
 
                 def step():
                     count[0] += 1
@@ -1552,6 +1552,15 @@ class Storage(StorageCase):
             _, claim = queue.turn(self.result(claim), "w", "w.0")
             counted.append(sum(row[2] for row in queue.stats()))
         self.assertEqual(counted, [0, 0, 3, 4])  # the last turn found no job
+
+    def test_what_an_older_program_has_cancelled_or_claimed_is_not_claimed(self):
+        queue = self.queue()
+        for id in "abc":
+            queue.enqueue("true", id=id)
+        queue._execute("UPDATE jobs SET state = 'cancelled' WHERE id = 'a'")
+        queue._execute("UPDATE jobs SET state = 'processing' WHERE id = 'b'")
+        self.assertEqual(self.claim(queue).id, "c")
+        self.assertEqual([job.hold for job in queue.jobs()], [-2, -1, -1])
 
     def test_the_oldest_ready_job(self):
         clock = self.clock()
@@ -4035,6 +4044,20 @@ class Guarantees(Process):
             self.assertEqual(synced, ["first", "second"])  # for this one there is time
             second.close()
             self.assertEqual(synced, ["first", "second", "second"])
+
+    def test_01_a_full_disk_does_not_keep_from_syncing(self):
+        self.queue().require_safe()
+        queue = Queue(self.db, durable=False)
+        self.addCleanup(queue.close)
+        queue.enqueue("true")
+        queue._unsynced -= queuectl.SYNC_DELAY
+        synced = []
+        full = OSError(errno.ENOSPC, "full")
+        with mock.patch.object(queuectl, "flush", synced.append), \
+                mock.patch.object(queuectl, "write_at", side_effect=full):
+            queue.sync()
+        self.assertEqual(len(synced), 1)
+        self.assertIsNone(queue.sync_due())
 
     def test_02_one_claim_per_job(self):
         queue = self.queue()
