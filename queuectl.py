@@ -1187,7 +1187,8 @@ else:
 
     # A line of nothing but words needs no shell, which would only run what they name; make
     # does the same. Not so where the first word means something to a shell: it is a builtin
-    # that differs from the program of that name, a reserved word, or an assignment.
+    # that differs from the program of that name (of true and false, only --help does), a
+    # reserved word, or an assignment.
     _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
                        "@%+=:,./-_ \t")
     _SHELL_WORDS = frozenset(
@@ -1318,9 +1319,6 @@ else:
                         self._code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) \
                             else os.WEXITSTATUS(status)
                 return self._code
-
-            def join(self) -> None:
-                """Nothing: its exitcode has been asked for."""
 
         class End:
             """One end of a pipe."""
@@ -1738,7 +1736,7 @@ BUSY_BUDGET = 30.0  # seconds for which a busy database is tried again
 LOOKS = 1.0  # seconds for which a file that looks bad and changes is looked at again
 SYNC_DELAY = 0.1  # seconds that a worker's commit may wait for its fsync
 MARKS = b"%031.9f %031.9f"  # monotonic starts of the last two syncs; see sync()
-TALLY_DELAY = 1.0  # seconds that a busy worker's counts of runs may wait; its end may lose them
+TALLY_DELAY = 1.0  # seconds after which a busy worker's next turn stores its counts of runs
 UNAVAILABLE = ("locked", "busy", "full", "disk I/O error")
 
 _connections: set[int] = set()  # ids of the Queues open in this process; see safe_to_fork()
@@ -3393,17 +3391,16 @@ class Worker:
         return result
 
     def _idle(self) -> None:
-        """Sleep until a claim is worth trying. As long as the database does not change, nothing
-        is read from it but what tells of the death of other workers."""
+        """Sleep until a claim is worth trying. As long as the database does not change, only what
+        tells of the death of other workers is read again."""
         queue = self._queue
         os.chdir(os.sep)
-        due: float | None = None
-        known = False  # whether that is so
+        due, due_known = None, False
         while self._level == RUN:
             try:
                 self._keep_house()
-                if not known:
-                    due, known = queue.next_due(), True
+                if not due_known:
+                    due, due_known = queue.next_due(), True
                 wait = TICK if due is None else min(TICK, max(0.0, due - time.time()))
                 until = time.monotonic() + wait
                 while not self._rung and self._level == RUN and time.monotonic() < until:
@@ -3640,7 +3637,6 @@ class Supervisor:
             code = seat.process.exitcode if seat.process is not None else None
             if code is None:
                 continue
-            seat.process.join()
             seat.orders.close()
             seat.process = seat.orders = None
             if code in (0, FATAL):
