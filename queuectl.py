@@ -1471,7 +1471,7 @@ SCHEMA = (
         id TEXT NOT NULL UNIQUE,
         command TEXT NOT NULL,
         state TEXT NOT NULL DEFAULT 'pending',
-        hold INTEGER NOT NULL,                  -- READY ... BLOCKED, RUNNING, OVER
+        hold INTEGER NOT NULL,                  -- 0 READY ... 3 BLOCKED; -1 RUNNING; -2 OVER
         attempts INTEGER NOT NULL DEFAULT 0,
         max_retries INTEGER NOT NULL,
         created_at TEXT NOT NULL,               -- ISO 8601, UTC
@@ -1527,29 +1527,21 @@ UPGRADES = {  # from the version before
             WHERE state != 'pending'""", *_INDEXES),
 }
 
-IS_READY = "hold = 0"
-IS_WAITING = "hold > 0"
-IS_ENDED = "hold = -2"
-
 # What `list --state` accepts, as a set of jobs that an index can enumerate.
 MEMBERS = {
-    "pending": "SELECT seq FROM jobs WHERE %s UNION ALL SELECT seq FROM jobs WHERE %s"
-               % (IS_READY, IS_WAITING),
+    "pending": "SELECT seq FROM jobs WHERE hold = 0 UNION ALL "
+               "SELECT seq FROM jobs WHERE hold > 0",
     "processing": "SELECT job AS seq FROM runs WHERE outcome IS NULL",
-    "scheduled": "SELECT seq FROM jobs WHERE %s AND hold = %d" % (IS_WAITING, SCHEDULED),
-    "failed": "SELECT seq FROM jobs WHERE %s AND hold = %d" % (IS_WAITING, RETRYING),
-    "blocked": "SELECT seq FROM jobs WHERE %s AND hold = %d" % (IS_WAITING, BLOCKED),
+    "scheduled": "SELECT seq FROM jobs WHERE hold > 0 AND hold = 1",
+    "failed": "SELECT seq FROM jobs WHERE hold > 0 AND hold = 2",
+    "blocked": "SELECT seq FROM jobs WHERE hold > 0 AND hold = 3",
 }
-MEMBERS.update((state, "SELECT seq FROM jobs WHERE %s AND state = '%s'" % (IS_ENDED, state))
+MEMBERS.update((state, "SELECT seq FROM jobs WHERE hold = -2 AND state = '%s'" % state)
                for state in ENDED)
 RARE = 5000  # up to so many members are looked up; more are met soon enough by a scan
 
 # The same sets as tests of one row.
-PREDICATES = {
-    "scheduled": "%s AND hold = %d" % (IS_WAITING, SCHEDULED),
-    "failed": "%s AND hold = %d" % (IS_WAITING, RETRYING),
-    "blocked": "%s AND hold = %d" % (IS_WAITING, BLOCKED),
-}
+PREDICATES = {"scheduled": "+hold = 1", "failed": "+hold = 2", "blocked": "+hold = 3"}
 PREDICATES.update((state, "+state = '%s'" % state) for state in STATES)
 
 SELECT_JOBS = """
@@ -1777,7 +1769,8 @@ class Queue:
     Safe to use from any number of processes at once; within a process, one Queue a thread,
     and none across a fork. What returns has been committed and fsynced, unless `durable` is
     false: then commits wait for sync() (workers fsync theirs within SYNC_DELAY). With
-    `expect`, an identity(), it opens that very database, or none.
+    `expect`, an identity(), it opens that very database, or none. `sync_at` is when sync() must
+    be called (time.monotonic), or infinity.
 
     Every method raises QueueError for what the user can mend, and nothing is changed then.
     Times that come in are epoch seconds."""
@@ -1788,14 +1781,14 @@ class Queue:
         self.folder = self.path + "-run"
         self._durable = durable
         self._expect = expect
-        self._unsynced: float | None = None  # time of the first commit that is not synced
-        self._committed = 0.0  # time of the last commit
+        self.sync_at = math.inf
+        self._committed = 0.0  # monotonic time of the last commit
         self._wal = self._marks = -1
         self._checkpoint_after = 0.0
         self._version = -1
         self._serves_every = True
         self._tally: Tally = {}  # what is not in `stats` yet
-        self._tallied = 0.0  # when that was nothing
+        self._tallied = 0.0  # when it was last stored there
         try:
             self._created = self._inspect()
             self._db = sqlite3.connect(
@@ -1882,12 +1875,16 @@ class Queue:
             # that sees the -wal file can complete.
             look.execute("PRAGMA writable_schema = ON")
             look.execute("BEGIN")
-            owner, version, pages, size, tables = (look.execute(query).fetchone()[0] for query in (
-                "PRAGMA application_id", "PRAGMA user_version", "PRAGMA page_count",
-                "PRAGMA page_size", "SELECT count(*) FROM sqlite_master"))
+            owner, version, pages, size = (
+                look.execute("PRAGMA " + name).fetchone()[0]
+                for name in ("application_id", "user_version", "page_count", "page_size"))
+            # What is ours is not read any further: most of it may still be in the -wal file.
+            foreign = owner != APPLICATION_ID and (
+                owner or version or log
+                or look.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
         finally:
             look.close()
-        if owner != APPLICATION_ID and (owner or version or tables or log):
+        if foreign:
             raise QueueError("%s is another program's database; name another file with --db"
                              % self.path)
         self._check_version(version)
@@ -2011,16 +2008,11 @@ class Queue:
             raise
         if not self._durable:
             self._committed = time.monotonic()
-            if self._unsynced is None:
-                self._unsynced = self._committed
+            self.sync_at = min(self.sync_at, self._committed + SYNC_DELAY)
         self.checkpoint()
 
     # Durability. Clients commit with synchronous=FULL. Workers commit with NORMAL, which
     # syncs nothing, and sync the -wal file themselves, outside of the writer lock.
-
-    def sync_due(self) -> float | None:
-        """When sync() must be called (time.monotonic), or None."""
-        return None if self._unsynced is None else self._unsynced + SYNC_DELAY
 
     def sync(self, leaving: bool = False) -> None:
         """Bring this connection's commits to the disk, where no other worker's sync has, or
@@ -2031,7 +2023,7 @@ class Queue:
         disk, and what came later has time until SYNC_DELAY after it. What the second will cover
         waits for its end, but not for long: who began it may have died. (Each worker that
         registers empties the file: after a boot, monotonic clocks start anew.) QueueError."""
-        if self._unsynced is None:
+        if self.sync_at == math.inf:
             return
         try:
             if self._marks < 0:
@@ -2042,13 +2034,13 @@ class Queue:
             start = time.monotonic()
             ended, begun = map(float, (read_at(self._marks, 64, 0) or b"0 0").split())
             if self._committed <= ended <= start:
-                self._unsynced = None
+                self.sync_at = math.inf
                 return
-            if not leaving and self._unsynced < ended <= start < ended + SYNC_DELAY:
-                self._unsynced = ended
+            if not leaving and ended <= start < ended + SYNC_DELAY:
+                self.sync_at = ended + SYNC_DELAY
                 return
             if not leaving and ended < begun <= start < begun + SYNC_DELAY / 2:
-                self._unsynced = start + SYNC_DELAY / 10 - SYNC_DELAY  # that is, look again then
+                self.sync_at = start + SYNC_DELAY / 10
                 return
             with contextlib.suppress(OSError):  # a hint only: the disk may be full
                 write_at(self._marks, MARKS % (ended, start), 0)
@@ -2056,9 +2048,9 @@ class Queue:
             with contextlib.suppress(OSError):
                 write_at(self._marks, MARKS % (start, start), 0)
         except OSError as error:
-            self._unsynced = time.monotonic() + 1 - SYNC_DELAY  # again in a second
+            self.sync_at = time.monotonic() + 1
             raise DatabaseUnavailable("cannot sync %s: %s" % (self.path, error.strerror)) from None
-        self._unsynced = None
+        self.sync_at = math.inf
 
     def checkpoint(self, limit: int = WAL_LIMIT) -> None:
         """Bring the -wal file into the database once it has grown to `limit` bytes.
@@ -2178,13 +2170,12 @@ class Queue:
                     self._execute(INSERT_MANY_JOBS, [
                         value for row in values[start:start + MANY] for value in row])
                 self._execute(INSERT_JOB, values[even:], many=True)
-            except sqlite3.IntegrityError:  # an id is taken: find out which, row by row
-                self._execute("ROLLBACK TO rows")
-            else:
+                self._execute("RELEASE rows")
                 for row, _, _, place in rows:
                     stored.add(row, place)
                 return
-            finally:
+            except sqlite3.IntegrityError:  # an id is taken: find out which, row by row
+                self._execute("ROLLBACK TO rows")
                 self._execute("RELEASE rows")
         for row, chosen, number, place in rows:
             active = row[KEY] and self._value(ACTIVE_WITH_KEY, {"key": row[KEY]})
@@ -2346,8 +2337,8 @@ class Queue:
                   for members in (MEMBERS["pending"], MEMBERS["processing"], MEMBERS["blocked"])]
         left = counts[0] + counts[1]
         failed = self._value(
-            "SELECT count(*) FROM jobs WHERE %s AND state IN ('dead', 'cancelled') "
-            "AND updated_at >= :since AND %s" % (IS_ENDED, own), values)
+            "SELECT count(*) FROM jobs WHERE hold = -2 AND state IN ('dead', 'cancelled') "
+            "AND updated_at >= :since AND " + own, values)
         # Something that is not blocked is behind every job that can still run.
         return left, counts[2] if left == counts[2] else 0, int(failed)
 
@@ -2585,16 +2576,25 @@ class Queue:
                 settled = self._settle(result, now, tally)
             if worker is not None:
                 claim = self._claim(worker, lock, now)
-            if tally and (claim is None or not 0 <= now - self._tallied < TALLY_DELAY):
-                self._execute(COUNT_RUNS, [key + counts for key, counts in tally.items()],
-                              many=True)
-                tally.clear()
+            if claim is None or time.monotonic() >= self._tallied + TALLY_DELAY:
+                self._store(tally)
         self._tally = tally
-        if not tally:
-            self._tallied = now
         if settled is not None and (settled.awakened or settled.run_after):
             self.wake(None, settled.awakened or 1)
         return settled, claim
+
+    def store_counts(self) -> None:
+        """Store the counts of the runs that have ended: a turn does so only now and then."""
+        if self._tally:
+            tally = dict(self._tally)
+            with self._transaction():
+                self._store(tally)
+            self._tally = tally
+
+    def _store(self, tally: Tally) -> None:
+        self._execute(COUNT_RUNS, [key + counts for key, counts in tally.items()], many=True)
+        tally.clear()
+        self._tallied = time.monotonic()
 
     def _settle(self, result: Result, now: float, tally: Tally) -> Settled | None:
         row = self._row(HELD_BY_RUN, {"seq": result.seq, "run": result.run})
@@ -2970,6 +2970,7 @@ class Execution:
             self.reading = True
         except (OSError, ValueError) as error:
             self._error = self._cannot_start(error)
+            self._timeout_at = self._started  # there is nothing to wait for
 
     def _cannot_start(self, error: Exception) -> str:
         if isinstance(error, OSError) and self.claim.cwd and error.filename == self.claim.cwd:
@@ -3370,12 +3371,12 @@ class Worker:
     def _attend(self, execution: Execution) -> Result:
         child, look_at = execution.child, time.monotonic() + TICK
         watched = execution.reading
-        while child is not None:
+        while True:
             if self._level == NOW:
                 execution.end("interrupted")
             ready = self._sleep(min(execution.deadline(), look_at))
-            result = execution.step(child.fd in ready)
-            if watched and not execution.reading:
+            result = execution.step(child is not None and child.fd in ready)
+            if child is not None and watched and not execution.reading:
                 self._close_pipe(child)
                 watched = False
             if result is not None:
@@ -3384,11 +3385,9 @@ class Worker:
                 look_at = time.monotonic() + TICK
                 self._look_around()
                 with contextlib.suppress(DatabaseUnavailable):
+                    self._queue.store_counts()
                     if self._queue.cancel_requested(execution.claim):
                         execution.end("cancelled")
-        result = execution.step()
-        assert result is not None  # nothing was spawned
-        return result
 
     def _idle(self) -> None:
         """Sleep until a claim is worth trying. As long as the database does not change, only what
@@ -3418,10 +3417,7 @@ class Worker:
     def _sleep(self, until: float) -> list[int]:
         """Sleep in the one place where this process waits, until something happens. Returns
         the descriptors that can be read; notes in `_rung` whether a bell or an order came."""
-        sync_due = self._queue.sync_due()
-        if sync_due is not None:
-            until = min(until, sync_due)
-        ready = self._waiter.wait(until - time.monotonic())
+        ready = self._waiter.wait(min(until, self._queue.sync_at) - time.monotonic())
         for fd in ready:
             if fd == self._bell.fd:
                 self._bell.clear()
@@ -3432,7 +3428,7 @@ class Worker:
                 data = self._leftovers[fd].read()
                 if data is not None and not data:
                     self._close_pipe(self._leftovers.pop(fd))
-        if sync_due is not None and time.monotonic() >= sync_due:
+        if time.monotonic() >= self._queue.sync_at:
             try:
                 self._queue.sync()
             except DatabaseUnavailable as error:
@@ -3455,10 +3451,11 @@ class Worker:
 
     def _look_around(self) -> None:
         """See what a bell, or a lost one, should have told. QueueError: the file is gone."""
-        self._rung = False
+        self._rung = True  # until it has been read
         self._check_files()
         with contextlib.suppress(DatabaseUnavailable):
             self._raise_level(self._queue.ordered(self._name))
+            self._rung = False
 
     def _check_files(self) -> None:
         """QueueError if the database, or the folder beside it, has been deleted or replaced."""
@@ -3845,8 +3842,10 @@ UNLIMITED = 10000  # columns of what is no terminal
 
 
 def say(text: str) -> None:
-    """A note for people: on stderr, so that stdout carries data only."""
-    print("queuectl: " + printable(text), file=sys.stderr)
+    """A note for people: on stderr, so that stdout carries data only. Where nobody can get it,
+    what it is about stays as it is."""
+    with contextlib.suppress(OSError):
+        print("queuectl: " + printable(text), file=sys.stderr)
 
 
 def counted(number: int, noun: str) -> str:
@@ -4093,6 +4092,7 @@ class Command(Record):
 COMMANDS: dict[str, Command] = {}
 GROUPS = {"worker": "start, stop and list workers", "dlq": "the dead letter queue",
           "config": "settings"}
+
 
 def option(*flags: str, **details: Any) -> Option:
     return flags, details
@@ -4371,7 +4371,6 @@ def cmd_worker_stop(queue: Queue, args: argparse.Namespace) -> None:
         "no worker runs on %s" % queue.path)
 
 
-
 @command("worker list", "the workers that are alive", "queuectl.py worker list --json", JSON)
 def cmd_worker_list(queue: Queue, args: argparse.Namespace) -> None:
     workers = queue.workers()
@@ -4443,7 +4442,6 @@ def cmd_list(queue: Queue, args: argparse.Namespace) -> None:
         show_lines(job_table(jobs, queue.blocker, time.time()))
 
 
-
 def print_job_array(jobs: Iterable[Job]) -> None:
     """A JSON array, a job a line: it streams, and `enqueue --file` reads it."""
     between = "[\n"
@@ -4509,7 +4507,6 @@ def cmd_cancel(queue: Queue, args: argparse.Namespace) -> None:
             say("job %s is being ended" % job.id)
 
 
-
 @command("dlq list", "dead jobs and why they died", "queuectl.py dlq list", JSON)
 def cmd_dlq_list(queue: Queue, args: argparse.Namespace) -> None:
     jobs = queue.jobs("dead")
@@ -4517,7 +4514,6 @@ def cmd_dlq_list(queue: Queue, args: argparse.Namespace) -> None:
         print_job_array(jobs)
     else:
         show_lines(dead_table(jobs, time.time()))
-
 
 
 @command(
@@ -4540,7 +4536,6 @@ def cmd_dlq_purge(queue: Queue, args: argparse.Namespace) -> None:
     say("%s deleted" % counted(queue.prune(("dead",), args.older_than), "dead job"))
 
 
-
 @command("config list", "every setting", "queuectl.py config list")
 def cmd_config_list(queue: Queue, args: argparse.Namespace) -> None:
     values = queue.settings()
@@ -4561,12 +4556,10 @@ def cmd_config_set(queue: Queue, args: argparse.Namespace) -> None:
     queue.set_setting(args.key, args.value)
 
 
-
 @command("config unset", "let a setting have its default again",
          "queuectl.py config unset max_retries", option("key", metavar="KEY"))
 def cmd_config_unset(queue: Queue, args: argparse.Namespace) -> None:
     queue.unset_setting(args.key)
-
 
 
 @command("pause", "hand out no more jobs", "queuectl.py pause mail",
@@ -4575,14 +4568,12 @@ def cmd_pause(queue: Queue, args: argparse.Namespace) -> None:
     queue.pause(args.queue)
 
 
-
 @command("resume", "hand out jobs again", "queuectl.py resume mail",
          option("queue", nargs="?", metavar="QUEUE", help="of this queue (of every one)"))
 def cmd_resume(queue: Queue, args: argparse.Namespace) -> None:
     queue.resume(args.queue)
     if args.queue is not None and EVERY_QUEUE in queue.paused():
         say("all queues are still paused; to go on: resume")
-
 
 
 @command(
@@ -4596,13 +4587,11 @@ def cmd_prune(queue: Queue, args: argparse.Namespace) -> None:
     say("%s deleted" % counted(queue.prune(states, args.older_than), "job"))
 
 
-
 @command("metrics", "numbers for Prometheus", "queuectl.py metrics > queuectl.prom")
 def cmd_metrics(queue: Queue, args: argparse.Namespace) -> None:
     oldest = queue.oldest_ready()
     show_lines(prometheus(queue.counts_by_queue(), queue.stats(), queue.workers(),
                           max(0.0, time.time() - oldest) if oldest else 0.0))
-
 
 
 BASH_COMPLETION = """\

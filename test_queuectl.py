@@ -13,6 +13,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import select
@@ -255,6 +256,8 @@ class Meeting:
             self.case.assertTrue(ready, "the job is still alive")
             if not os.read(self.alive, 100):
                 return
+
+
 class Shape(Case):
     """queuectl.py keeps to the table of rooms in its design."""
 
@@ -1542,14 +1545,13 @@ class Storage(StorageCase):
                                                  ("default", "failed", 1, 2.0)])
 
     def test_a_busy_worker_counts_its_runs_now_and_then(self):
-        clock = self.clock()
         queue = self.queue()
         list(queue.enqueue_many({"command": "true"} for _ in range(4)))
         claim = self.claim(queue)
         counted = []
-        for later in (0, 0, queuectl.TALLY_DELAY, 0):
-            clock.now += later
-            _, claim = queue.turn(self.result(claim), "w", "w.0")
+        for delay in (PATIENCE, PATIENCE, 0, PATIENCE):
+            with mock.patch.object(queuectl, "TALLY_DELAY", delay):
+                _, claim = queue.turn(self.result(claim), "w", "w.0")
             counted.append(sum(row[2] for row in queue.stats()))
         self.assertEqual(counted, [0, 0, 3, 4])  # the last turn found no job
 
@@ -2684,6 +2686,9 @@ class Commands(StorageCase):
                     process = self.start(*words, stdout=full)
                     self.assertEqual(process.wait(PATIENCE), 1, read_file(process.log))
                 self.assertRegex(read_file(process.log), rb"\Aqueuectl: [^\n]+\n\Z", words)
+            for words, code in ((["show", "nobody"], 1), (["nonsense"], 2)):
+                with open("/dev/full", "wb") as full:
+                    self.assertEqual(self.start(*words, stderr=full).wait(PATIENCE), code)
         done = subprocess.run("exec %s %s list >&-" % (shlex.quote(sys.executable),
                                                       shlex.quote(SCRIPT)),
                               shell=True, env=self.env, stderr=subprocess.PIPE)
@@ -2798,8 +2803,6 @@ class Documents(Case):
     def test_the_docstring_names_the_exit_codes_and_states(self):
         for word in queuectl.STATES + ("124", "130", "queuectl.py enqueue"):
             self.assertIn(word, queuectl.__doc__)
-
-
 
 
 # -- platform, runner, workers --------------------------------------------------------------
@@ -3318,6 +3321,44 @@ class Workers(Process):
         self.assertEqual([env[key] for key in ("OF_JOB", "OF_WORKER", "KEPT")],
                          ["b c", "changed", "y"])
 
+    def worker(self):
+        """A worker that is no process: for what can only be seen from within."""
+        return queuectl.Worker(queuectl.StartOptions(
+            path=self.db, count=1, drain=False, queues=[], via=None, quiet=True, log=None),
+            "supervisor", 1, None)
+
+    def test_an_order_that_cannot_be_read_is_read_again(self):
+        worker = self.worker()
+        worker._check_files = lambda: None
+        worker._queue = mock.Mock()
+        worker._queue.ordered.side_effect = [queuectl.DatabaseUnavailable("busy"), queuectl.DRAIN]
+        worker._look_around()
+        self.assertTrue(worker._rung)  # so that it does not sleep long
+        worker._look_around()
+        self.assertEqual((worker._level, worker._rung), (queuectl.DRAIN, False))
+
+    def test_orders_and_syncs_do_not_wait_for_jobs_that_cannot_be_spawned(self):
+        queue, worker, lock = self.queue(), self.worker(), queuectl.RunLock(self.path("lock"))
+        queue.enqueue("true", cwd=self.path("nowhere"))
+        lock.renew()
+        self.addCleanup(lock.discard)
+        slept = []
+        worker._sleep = lambda until: slept.append(until) or []
+        result = worker._attend(queuectl.Execution(
+            queue.turn(None, "w", "w.0")[1], "true", {}, lock, self.path("live"), 1.0))
+        self.assertEqual(result.outcome, "failed")
+        self.assertEqual(len(slept), 1)
+        self.assertLess(slept[0], time.monotonic())
+
+    def test_what_has_run_is_counted_while_a_long_job_runs(self):
+        meeting = self.meeting()
+        self.add("a", "true")
+        self.add("b", meeting.here)
+        self.workers()
+        meeting.arrived()
+        with Queue(self.db) as queue:
+            self.until(lambda: [row[1:3] for row in queue.stats()] == [("completed", 1)])
+
     def test_a_job_reaches_its_own_queue(self):
         self.add("a", "%s %s enqueue --id b true" % (shlex.quote(sys.executable),
                                                     shlex.quote(SCRIPT)))
@@ -3633,7 +3674,6 @@ class Workers(Process):
         self.add("a", "echo it\"s\" $0")
         self.drain("--via", "echo via; sh -c \"$QUEUECTL_COMMAND\" zero")
         self.assertEqual(self.output("a"), b"via\nits zero\n")
-
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc here")
     def test_a_job_inherits_no_descriptor_of_the_worker(self):
@@ -4012,14 +4052,14 @@ class Guarantees(Process):
         marks = os.path.join(keeper.folder, "synced")
 
         def due(queue):
-            queue._unsynced -= queuectl.SYNC_DELAY
+            queue.sync_at = time.monotonic()
 
         def while_syncing(fd):
             synced.append("first")
             due(second)
             second.sync()
             self.assertEqual(synced, ["first"])  # it waits for what goes on
-            self.assertIsNotNone(second.sync_due())
+            self.assertLess(second.sync_at, math.inf)
         with mock.patch.object(queuectl, "flush", while_syncing):
             second.enqueue("true")
             first.enqueue("true")
@@ -4028,7 +4068,7 @@ class Guarantees(Process):
         with mock.patch.object(queuectl, "flush", lambda fd: synced.append("second")):
             second.sync()
             self.assertEqual(synced, ["first"])  # which was enough
-            self.assertIsNone(second.sync_due())
+            self.assertEqual(second.sync_at, math.inf)
             second.enqueue("true")
             due(second)
             with open(marks, "r+b") as file:  # somebody began, and died
@@ -4050,14 +4090,14 @@ class Guarantees(Process):
         queue = Queue(self.db, durable=False)
         self.addCleanup(queue.close)
         queue.enqueue("true")
-        queue._unsynced -= queuectl.SYNC_DELAY
+        queue.sync_at = time.monotonic()
         synced = []
         full = OSError(errno.ENOSPC, "full")
         with mock.patch.object(queuectl, "flush", synced.append), \
                 mock.patch.object(queuectl, "write_at", side_effect=full):
             queue.sync()
         self.assertEqual(len(synced), 1)
-        self.assertIsNone(queue.sync_due())
+        self.assertEqual(queue.sync_at, math.inf)
 
     def test_02_one_claim_per_job(self):
         queue = self.queue()
@@ -4507,12 +4547,13 @@ class Guarantees(Process):
                 os.chmod(self.db, 0o644)
                 self.assertEqual(self.snapshot(self.path(kind)), before)
 
-    def small_disk(self):
+    def small_disk(self, size):
         """A file system of its own for the database; ends with the test."""
         folder = self.path("disk")
         os.mkdir(folder, 0o700)
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", folder],
-                              stderr=subprocess.PIPE) if ROOT and shutil.which("mount") else None
+        mount = ["mount", "-t", "tmpfs", "-o", "size=%s,mode=700" % size, "tmpfs", folder]
+        done = subprocess.run(mount, stderr=subprocess.PIPE) \
+            if ROOT and shutil.which("mount") else None
         if done is None or done.returncode:
             self.skipTest("only root may mount a file system")
 
@@ -4525,7 +4566,7 @@ class Guarantees(Process):
 
     @linux
     def test_08_a_full_disk_loses_nothing(self):
-        folder = self.small_disk()
+        folder = self.small_disk("2m")
         self.configure(output_limit="200K")
         meeting = self.meeting()
         self.add("a", "head -c 150000 /dev/zero; " + meeting.here)
@@ -4557,6 +4598,23 @@ class Guarantees(Process):
             self.assertEqual(queue.counts()["scheduled"], 1)
             self.assert_sound()
 
+    @linux
+    def test_08_a_disk_that_is_full_at_the_first_use_costs_nothing(self):
+        """The checkpoint at its end could not bring all of the log into the file."""
+        folder = self.small_disk("1m")
+        for _ in range(2):
+            code, out, err = self.cli("enqueue", "--file", "-",
+                                      stdin=b'{"command": "true"}\n' * 7000)
+            self.assertEqual((code, out), (1, ""))
+            self.assertRegex(err, r"\Aqueuectl: [^\n]*disk[^\n]*\n\Z")
+        with Queue(self.db) as queue:
+            self.assertGreater(queue._value("PRAGMA page_count") * 1024, os.path.getsize(self.db))
+        subprocess.run(["mount", "-o", "remount,size=8m", folder], check=True)
+        ids = self.ok("enqueue", "--file", "-", stdin=b'{"command": "true"}\n' * 7000)
+        with Queue(self.db) as queue:
+            self.assertEqual([job.id for job in queue.jobs()], ids.split())
+        self.assert_sound()
+
     def test_08_a_file_that_may_not_grow_stores_nothing(self):
         import resource
         keeper = self.queue()
@@ -4569,6 +4627,14 @@ class Guarantees(Process):
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
             self.assertEqual((done.returncode, done.stdout), (1, b""), done.stderr)
             self.assertRegex(done.stderr.decode(), r"\Aqueuectl: [^\n]*(full|disk)[^\n]*\n\Z")
+        # Many jobs fill the log before their commit.
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "enqueue", "--file", "-"], env=self.env,
+            input=b'{"command": "true #%s"}\n' % (b"x" * 1000) * 5000, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6)))
+        self.assertEqual((done.returncode, done.stdout), (1, b""), done.stderr)
+        self.assertRegex(done.stderr.decode(), r"\Aqueuectl: [^\n]*(full|disk)[^\n]*\n\Z")
         self.assertEqual([job.id for job in keeper.jobs()], ["a"])
         self.ok("enqueue", "--id", "b", "true")
         self.assert_sound()
