@@ -827,6 +827,9 @@ if sys.platform == "win32":
     class Waiter:
         """Sleeps in steps of 50 ms, for want of FIFOs and of signals that wake."""
 
+        def forget(self) -> None:
+            pass
+
         def watch(self, fd: int) -> None:
             pass
 
@@ -862,6 +865,7 @@ else:
     import select
 
     LOCK_FD = 100  # where a job's tree inherits its lock; scripts use 3 to 9 themselves
+    SIGNALS = frozenset(map(int, signal.valid_signals())) - {signal.SIGKILL, signal.SIGSTOP}
 
     def default_folder() -> str | None:
         state = os.environ.get("XDG_STATE_HOME", "")
@@ -1229,8 +1233,7 @@ else:
                 os.close(output)
 
         def _spawn(self, command: str, env: Mapping[str, str], actions: Sequence[Any]) -> int:
-            how: Any = dict(file_actions=actions, setsid=True, setsigmask=(),
-                            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))  # Python ignores them
+            how: Any = dict(file_actions=actions, setsid=True, setsigmask=(), setsigdef=SIGNALS)
             words = _plain_words(command)
             if words and env.get("PATH") == os.environ.get("PATH"):  # it looks in ours
                 with contextlib.suppress(OSError):
@@ -1393,6 +1396,11 @@ else:
             os.close(self._wakeup)
             os.close(self._write)
 
+        def forget(self) -> None:
+            """Do not wake for the signals that have come until now: their handlers have run."""
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wakeup, 4096)
+
         def watch(self, fd: int) -> None:
             self._poll.register(fd, select.POLLIN)
 
@@ -1403,22 +1411,17 @@ else:
             """The descriptors that can be read. `timeout` is in seconds."""
             ready = [fd for fd, _ in self._poll.poll(max(0.0, timeout * 1000))]
             if self._wakeup in ready:
-                os.read(self._wakeup, 4096)
+                self.forget()
             return ready
 
     def clean_slate() -> None:
-        """Let spawned commands find every signal at its default, none blocked, and no
-        descriptor of ours but the standard ones: an ignored signal would be inherited, a
-        handled one is reset by exec. (Were SIGCHLD left ignored, the kernel would reap the
-        jobs and `exit 3` would read as success.)"""
+        """Hear every signal, and let spawned commands find no descriptor of ours but the standard
+        ones. (Were SIGCHLD left ignored, as it may be inherited, the kernel would reap the jobs
+        and `exit 3` would read as success.)"""
         for fd in os.listdir("/dev/fd"):
             with contextlib.suppress(OSError):
                 os.set_inheritable(int(fd), int(fd) < 3)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        for signum in signal.Signals:
-            if signum not in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP) \
-                    and signal.getsignal(signum) == signal.SIG_IGN:
-                signal.signal(signum, lambda signum, frame: None)
         signal.signal(signal.SIGCHLD, lambda signum, frame: None)
 
     def bury_strangers(ours: set[int]) -> None:
@@ -3348,6 +3351,7 @@ class Worker:
         if self._options.via:
             env["QUEUECTL_COMMAND"] = command
             command = self._options.via
+        self._waiter.forget()  # above all, the end of the job before
         execution = Execution(claim, command, env, self._lock,
                               self._queue.live_output(claim.run), claim.kill_grace)
         child = execution.child
