@@ -1362,6 +1362,26 @@ class Storage(StorageCase):
                 self.assertEqual(self.ids(queue.jobs(state)), expected[state], state)
         self.refuses("failed", queue.jobs("faild").__next__)
 
+    def test_what_is_counted_is_of_one_moment(self):
+        """A job that is put back meanwhile is neither missed nor counted twice."""
+        queue, other = self.queue(), self.queue()
+        queue.enqueue("true")
+        read = queue._rows
+        for count in (lambda: sum(map(queue.counts().get, ("pending", "processing"))),
+                      lambda: queue.progress(queue.last_seq(), 0, None)[0]):
+            for reads_before in range(5):
+                claim, reads = self.claim(other), []
+
+                def rows(*words):
+                    if len(reads) == reads_before:
+                        self.settle(other, claim, "interrupted")
+                    reads.append(words)
+                    return read(*words)
+                with mock.patch.object(queue, "_rows", rows):
+                    self.assertEqual(count(), 1, reads)
+                if len(reads) <= reads_before:
+                    self.settle(other, claim, "interrupted")
+
     def test_cancel(self):
         queue = self.queue()
         special = {"b": dict(delay=60), "c": dict(after=["a"])}
@@ -5293,6 +5313,21 @@ class Wait(Everyday):
         self.assertEqual(all_of_them.rest()[0], 1)
         self.assertEqual(self.states(), {"first": "dead", "second": "blocked",
                                          "third": "blocked"})
+
+    def test_who_looks_long_rests_long(self):
+        """Or a look at a million jobs would follow the other."""
+        clock = mock.Mock(now=1000.0)
+        clock.monotonic = lambda: clock.now
+        clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+        queue = mock.Mock()
+        with mock.patch.object(queuectl, "time", clock):
+            for changed, until, rest, slept in ((True, math.inf, 0, 0), (True, math.inf, 3, 3),
+                                                (False, math.inf, 0, queuectl.TICK),
+                                                (False, math.inf, 3, 3), (True, 1000.5, 3, 0.5)):
+                clock.now = 1000.0
+                queue.changed.return_value = changed
+                queuectl._await_change(queue, until, rest)
+                self.assertAlmostEqual(clock.now - 1000.0, slept, delta=0.03)
 
     def test_inside_a_job(self):
         """A job that waits does not wait for itself, named or not."""
