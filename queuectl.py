@@ -4184,11 +4184,11 @@ def refuse_bare_braces(text: str) -> None:
                          "\"sleep 2\"" % _shown(text))
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, place: str = "") -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise QueueError("broken JSON: %s" % error) from None
+        raise QueueError("%sbroken JSON: %s" % (place, error)) from None
 
 
 def read_file(path: str) -> Iterator[tuple[str, Any]]:
@@ -4198,56 +4198,61 @@ def read_file(path: str) -> Iterator[tuple[str, Any]]:
 
 def read_jobs(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Pairs of a place and a job from JSON Lines or a JSON array, line by line."""
-    array: str | None = None  # what has been read of an array and not yet been taken
-    decoder = json.JSONDecoder()
-    number = 0
-    first = True
+    lines = text_lines(file)
+    for place, text in lines:
+        if text[0] == "[":
+            yield from read_array(place, text[1:], lines)
+            return
+        yield place, parse_json(text, place)
+        break
+    for place, text in lines:
+        yield place, parse_json(text, place)
+
+
+def text_lines(file: BinaryIO) -> Iterator[tuple[str, str]]:
+    """Pairs of a place ("line 3: ") and a line that is not blank, without blanks around it."""
     for number, line in enumerate(file, 1):
         place = "line %d: " % number
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError:
             raise QueueError(place + "is not UTF-8 text") from None
-        if array is None and not text.strip():
-            continue
-        if first and text.lstrip()[0] == "[":
-            array, text = "", text.lstrip()[1:]
-            opening = True  # right behind the bracket
-        first = False
-        if array is None:
-            try:
-                yield place, parse_json(text)
-            except QueueError as error:
-                raise QueueError(place + str(error)) from None
-            continue
-        array = (array + text).lstrip()
-        position = 0
-        while array[position:position + 1] not in ("", "]"):
-            begin = position
-            if not opening:
-                if array[position] != ",":
-                    raise QueueError(place + "broken JSON: expected , or ] between jobs")
-                while array[begin + 1:begin + 2].isspace():
-                    begin += 1
-                begin += 1
-            try:
-                job, position = decoder.raw_decode(array, begin)
-            except (ValueError, RecursionError) as error:
-                if getattr(error, "pos", 0) < len(array.rstrip()):
-                    raise QueueError("%sbroken JSON: %s" % (
-                        place, getattr(error, "msg", error))) from None
-                break  # the rest is on the next line
-            opening = False
-            yield place, job
-            while array[position:position + 1].isspace():
-                position += 1
-        array = array[position:]
-        if array[:1] == "]":
-            if array[1:].strip() or any(rest.strip() for rest in file):
+        if text:
+            yield place, text
+
+
+def read_array(place: str, text: str, lines: Iterator[tuple[str, str]]) \
+        -> Iterator[tuple[str, Any]]:
+    """The jobs of a JSON array: `text` is what follows its bracket, `lines` are the next ones."""
+    def behind_blanks(position: int) -> int:
+        while text[position:position + 1].isspace():
+            position += 1
+        return position
+
+    decoder, position, first = json.JSONDecoder(), 0, True
+    while True:
+        start = behind_blanks(position)
+        if text[start:start + 1] == "]":
+            if text[start + 1:] or next(lines, None):
                 raise QueueError(place + "there is something behind the end of the array")
             return
-    if array is not None:
-        raise QueueError("line %d: broken JSON: the array does not end" % number)
+        if not first and start < len(text):
+            if text[start] != ",":
+                raise QueueError(place + "broken JSON: expected , or ] between jobs")
+            start = behind_blanks(start + 1)
+        try:
+            job, position = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            if getattr(error, "pos", 0) < len(text):
+                raise QueueError("%sbroken JSON: %s" % (
+                    place, getattr(error, "msg", error))) from None
+            more = next(lines, None)  # or the rest is on the next line
+            if more is None:
+                raise QueueError(place + "broken JSON: the array does not end") from None
+            place, text, position = more[0], text[position:] + "\n" + more[1], 0
+            continue
+        first = False
+        yield place, job
 
 
 def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any],
