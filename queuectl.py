@@ -1695,6 +1695,9 @@ RETRY_JOB = """
     UPDATE jobs SET state = 'pending', hold = CASE WHEN unmet > 0 THEN 3 ELSE 0 END,
         attempts = 0, run_after = NULL, last_error = NULL, updated_at = :at
     WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
+STILL_DEAD = """
+    SELECT dead.rowid AS place, seq, id, unique_key FROM temp.dead CROSS JOIN jobs USING (seq)
+    WHERE dead.rowid > :last AND state = 'dead' ORDER BY dead.rowid LIMIT :limit"""
 # Jobs that have ended, that are past their time, and that no unfinished job waits for.
 PRUNABLE = """
     SELECT seq, state IN (%s) AND updated_at <= :before AND NOT EXISTS (
@@ -2400,35 +2403,43 @@ class Queue:
                 if job.state not in ("dead", "cancelled"):
                     raise QueueError("job %s is %s; only dead and cancelled jobs can be retried"
                                      % (job.id, job.state))
-                self._retry(job.seq)
+                refusal = self._retry(job.seq, job.id, job.unique)
+                if refusal:
+                    raise QueueError(refusal)
         for job in jobs:
             self.wake(job.queue, 1)
 
     def retry_all(self, note: Callable[[str], None] = lambda text: None) -> int:
-        """Retry every dead job, and return how many. `note` gets a line for each whose unique
-        key another job has: it stays dead."""
-        refused = []
-        with self._transaction():
-            rows = self._rows(MEMBERS["dead"])
-            for row in rows:
-                try:
-                    self._retry(row["seq"])
-                except QueueError as error:
-                    refused.append(str(error))
-        for text in refused:
-            note(text)
-        self.wake(None, len(rows) - len(refused))
-        return len(rows) - len(refused)
+        """Retry every job that is dead now, and return how many. In small transactions. `note`
+        gets a line for each whose unique key another job has: it stays dead."""
+        count = last = 0
+        self._execute("CREATE TEMP TABLE IF NOT EXISTS dead (seq INTEGER)")
+        self._execute("DELETE FROM temp.dead")
+        self._execute("INSERT INTO temp.dead " + MEMBERS["dead"])
+        while True:
+            refused = []
+            with self._transaction():
+                rows = self._rows(STILL_DEAD, {"last": last, "limit": PAGE})
+                for row in rows:
+                    refusal = self._retry(row["seq"], row["id"], row["unique_key"])
+                    refused += [refusal] if refusal else []
+            for text in refused:
+                note(text)
+            count += len(rows) - len(refused)
+            self.wake(None, len(rows) - len(refused))
+            if len(rows) < PAGE:
+                return count
+            last = rows[-1]["place"]
 
-    def _retry(self, seq: int) -> None:
-        row = self._rows("SELECT id, unique_key FROM jobs WHERE seq = ?", (seq,))[0]
-        if row["unique_key"]:
-            active = self._value(ACTIVE_WITH_KEY, {"key": row["unique_key"]})
+    def _retry(self, seq: int, id: str, key: str | None) -> str | None:
+        """Make an ended job pending again; or why not: another job has its unique key."""
+        if key:
+            active = self._value(ACTIVE_WITH_KEY, {"key": key})
             if active:
-                raise QueueError("job %s cannot be retried while %s has its key %s"
-                                 % (row["id"], active, row["unique_key"]))
-            self._execute(TAKE_KEY, {"id": row["id"]})
+                return "job %s cannot be retried while %s has its key %s" % (id, active, key)
+            self._execute(TAKE_KEY, {"id": id})
         self._execute(RETRY_JOB, {"seq": seq, "at": iso(time.time())})
+        return None
 
     def prune(self, states: Sequence[str], older_than: float = 0) -> int:
         """Delete jobs that ended more than `older_than` seconds ago in one of `states` and

@@ -878,6 +878,7 @@ class Schema(StorageCase):
         look = sqlite3.connect(self.db)
         self.addCleanup(look.close)
         look.execute("CREATE TEMP TABLE served (queue TEXT PRIMARY KEY)")
+        look.execute("CREATE TEMP TABLE dead (seq INTEGER)")
         for number in range(30):
             queue.enqueue("true", id="j%d" % number, unique="u%d" % number)
         queue.enqueue("true", id="due", delay=1)
@@ -1435,6 +1436,22 @@ class Storage(StorageCase):
                          ["pending", "dead", "dead", "pending", "pending"])
         self.refuses("l", queue.retry, ["b", "c"])
         self.assertEqual(queue.get("b").state, "dead")
+
+    def test_retry_all_lets_others_write_in_between(self):
+        queue, other = self.queue(), self.queue()
+        list(queue.enqueue_many({"command": "true"} for _ in range(25)))
+        queue._execute("UPDATE jobs SET state = 'dead', hold = -2")
+        seen = []
+
+        def wake(name, count):
+            seen.append((count, other.counts()["pending"]))
+            if len(seen) == 1:  # somebody else retries one, and another one is dead again
+                other.retry([job.id for job in other.jobs("dead")][-1:])
+                other._execute("UPDATE jobs SET state = 'dead', hold = -2 WHERE seq = 1")
+        with mock.patch.object(queuectl, "PAGE", 10), mock.patch.object(queue, "wake", wake):
+            self.assertEqual(queue.retry_all(), 24)
+        self.assertEqual(seen, [(10, 10), (10, 20), (4, 24)])
+        self.assertEqual(queue.counts()["dead"], 1)
 
     def test_prune(self):
         clock = self.clock()
