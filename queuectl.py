@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -86,7 +87,12 @@ class TimeoutExpired(QueueError):
 
 
 class DatabaseUnavailable(QueueError):
-    """The database cannot be written now and may be again: full disk, I/O error, busy."""
+    """The database cannot be used now and may be again: full disk, I/O error, busy, or this
+    machine is short of something."""
+
+
+# Of descriptors, processes, memory, or room on a disk.
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
 
 # -- model --------------------------------------------------------------------------------
@@ -192,7 +198,8 @@ class WorkerInfo(Record):
     """A live worker process, or (slot 0) a live supervisor of `count` workers.
 
     `queues` is None when it serves all. `job` is the id of the job that it runs since
-    `job_started_at`. `stop` is the order that `worker stop` left for it, or RUN."""
+    `job_started_at`. `stop` is the order that `worker stop` left for it, or that its supervisor
+    follows: the size of whose lock file says so, since no file is quicker to write."""
 
     name: str
     supervisor: str
@@ -223,7 +230,7 @@ class Claim(Record):
     output_limit: int
     queue: str
     cwd: str | None
-    env: str | None
+    env: dict[str, str]
     started_at: float
 
 
@@ -242,11 +249,12 @@ class Result(Record):
 
 
 class Settled(Record):
-    """What a result made of its job. `run_after` is set when it will run again."""
+    """What a result made of its job. `run_after` is set when it will run again later;
+    `awakened` says how many jobs of which queues can run now, or will then."""
 
     state: str
     run_after: float | None
-    awakened: int
+    awakened: dict[str, int]
 
 
 JOB_KEYS = tuple(key for key in Job.__annotations__
@@ -413,9 +421,11 @@ def parse_size(value: Any) -> int:
     if isinstance(text, str):
         digits = text.rstrip("kmib")
         text, unit = digits, text[len(digits):]
-    if unit not in SIZE_UNITS:
-        raise QueueError("%s is not a size such as 65536, 64K or 1M" % _shown(value))
-    return parse_integer(0, 256 * 1024 ** 2)(_number(text) * SIZE_UNITS[unit])
+    try:
+        size = _number(text) * SIZE_UNITS[unit]
+    except (QueueError, KeyError):
+        raise QueueError("%s is not a size such as 65536, 64K or 1M" % _shown(value)) from None
+    return parse_integer(0, 256 * 1024 ** 2)(size)
 
 
 def format_size(size: float) -> str:
@@ -639,7 +649,7 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 #   Fork                            processes that go on with this program (only where FORK)
 #   Bell  ring  Waiter              sleeping in one place, and waking who sleeps there
 #   clean_slate  bury_strangers     what a worker, and the first process, owes its children
-#   give_way  read_at  write_at
+#   give_way  writable  read_at  write_at
 
 FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
 BELLS = sys.platform != "win32"  # where there are FIFOs
@@ -737,7 +747,7 @@ if sys.platform == "win32":
         def record(self, run: int, pid: int) -> None:
             pass
 
-    def end_tree(path: str, run: int, job: str) -> str | None:
+    def end_tree(path: str, run: int, job: str, patient: bool = True) -> str | None:
         return None
 
     class _Limits(ctypes.Structure):
@@ -848,6 +858,9 @@ if sys.platform == "win32":
 
     def give_way() -> None:
         time.sleep(0)
+
+    def writable(fd: int, timeout: float) -> bool:
+        return True
 
     def bury_strangers(ours: set[int]) -> None:
         pass
@@ -1170,12 +1183,15 @@ else:
             return holders, leader, None
         return holders, None, "process %d of its group" % members[0][0]
 
-    def end_tree(path: str, run: int, job: str) -> str | None:
+    def end_tree(path: str, run: int, job: str, patient: bool = True) -> str | None:
         """End what is left of a dead worker's run, whose RunLock is at `path`. None
-        once it is gone; otherwise who seems to be left, whom nothing proves to be its.
+        once it is gone; otherwise who seems to be left, whom nothing proves to be its. It takes
+        up to 0.8 s, or one look where not `patient`.
 
         Ends with SIGKILL: nobody is left who could record a result, and the job waits."""
         for pause in (0, 1, 2, 5, 10, 20, 50, 100, 200, 400):  # ms for the dead to be reaped
+            if pause and not patient:
+                break
             time.sleep(pause / 1000)
             processes, group, doubt = _tree(path, run, job)
             if not processes and group is None and doubt is None:
@@ -1374,10 +1390,14 @@ else:
             fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
             return False
-        with contextlib.suppress(BlockingIOError):  # it has rung often enough
-            os.write(fd, b"!")
-        os.close(fd)
-        return True
+        try:
+            with contextlib.suppress(BlockingIOError):  # it has rung often enough
+                os.write(fd, b"!")
+            return True
+        except BrokenPipeError:  # who listened has left just now
+            return False
+        finally:
+            os.close(fd)
 
     class Waiter:
         """The one place where a process sleeps: until a watched descriptor can be read, a
@@ -1432,6 +1452,12 @@ else:
                 if seen is None or seen.si_pid in ours:
                     return
                 os.waitpid(seen.si_pid, 0)
+
+    def writable(fd: int, timeout: float) -> bool:
+        """Whether some bytes can be written without waiting for longer than `timeout` seconds."""
+        look = select.poll()
+        look.register(fd, select.POLLOUT)
+        return bool(look.poll(timeout * 1000))
 
     give_way, read_at, write_at = os.sched_yield, os.pread, os.pwrite
 
@@ -1583,6 +1609,9 @@ MEET_DEPENDANTS = """
         hold = CASE WHEN hold < 0 THEN hold WHEN unmet > 1 THEN 3 WHEN run_after > :now THEN 1
             ELSE 0 END
     WHERE seq IN (SELECT job FROM deps WHERE needs = :seq)"""
+READY_DEPENDANTS = """
+    SELECT queue, count(*) FROM deps JOIN jobs ON seq = job WHERE needs = :seq AND +hold = 0
+    GROUP BY queue"""
 BLOCKERS = """
     SELECT id, state FROM jobs JOIN deps ON deps.needs = jobs.seq
     WHERE deps.job = :seq AND +state != 'completed'
@@ -1623,12 +1652,14 @@ _CLAIM = """
         FROM served WHERE served.queue NOT IN (SELECT queue FROM paused)
             AND NOT EXISTS (SELECT 1 FROM paused WHERE queue = '*'))
     ORDER BY priority DESC, seq LIMIT 1"""
-NEXT_OF_EVERY_QUEUE = """
+_EVERY_QUEUE = """
     WITH RECURSIVE served(queue) AS (
         SELECT min(queue) FROM jobs WHERE hold = 0
         UNION ALL
         SELECT (SELECT min(queue) FROM jobs WHERE hold = 0 AND queue > served.queue)
-        FROM served WHERE served.queue IS NOT NULL)""" + _CLAIM
+        FROM served WHERE served.queue IS NOT NULL)"""
+READY_QUEUES = _EVERY_QUEUE + " SELECT queue FROM served WHERE queue IS NOT NULL"
+NEXT_OF_EVERY_QUEUE = _EVERY_QUEUE + _CLAIM
 NEXT_OF_SERVED = _CLAIM.replace("served", "temp.served")
 
 MEND_HOLD = """
@@ -1684,7 +1715,7 @@ IDLE_WORKERS = """
     SELECT name, queues FROM workers WHERE slot > 0
         AND name NOT IN (SELECT worker FROM runs WHERE outcome IS NULL)"""
 OPEN_RUNS = """
-    SELECT seq, id, runs.run, worker, lock, started_at FROM runs JOIN jobs ON seq = job
+    SELECT seq, id, runs.run, worker, lock, started_at, error FROM runs JOIN jobs ON seq = job
     WHERE outcome IS NULL"""
 
 CANCEL_PENDING = """
@@ -1741,7 +1772,7 @@ LOOKS = 1.0  # seconds for which a file that looks bad and changes is looked at 
 SYNC_DELAY = 0.1  # seconds that a worker's commit may wait for its fsync
 MARKS = b"%031.9f %031.9f"  # monotonic starts of the last two syncs; see sync()
 TALLY_DELAY = 1.0  # seconds after which a busy worker's next turn stores its counts of runs
-UNAVAILABLE = ("locked", "busy", "full", "disk I/O error")
+UNAVAILABLE = ("locked", "busy", "full", "disk I/O error", "unable to open", "locking protocol")
 
 _connections: set[int] = set()  # ids of the Queues open in this process; see safe_to_fork()
 
@@ -1815,7 +1846,8 @@ class Queue:
         except sqlite3.Error as error:
             raise self._explain(error) from None
         except OSError as error:
-            raise QueueError("cannot open %s: %s" % (self.path, error.strerror)) from None
+            kind = DatabaseUnavailable if error.errno in SHORTAGES else QueueError
+            raise kind("cannot open %s: %s" % (self.path, error.strerror)) from None
 
     def __enter__(self) -> Queue:
         return self
@@ -1833,6 +1865,9 @@ class Queue:
                     os.close(fd)
             _connections.discard(id(self))
             self._db.close()
+
+    def __del__(self) -> None:
+        _connections.discard(id(self))  # of who was forgotten: its connection closes itself
 
     # Opening. A file is judged before any connection may write to it: opening a foreign WAL
     # database would rewrite it, and open() is out of question, since closing a descriptor of
@@ -1976,11 +2011,16 @@ class Queue:
                 return call()
             except sqlite3.IntegrityError:
                 raise
+            except UnicodeDecodeError:
+                raise self._damaged() from None
             except sqlite3.Error as error:
                 now = time.monotonic()
                 budget = budget or now + BUSY_BUDGET
                 if "locked" not in str(error) or now > budget:
                     raise self._explain(error) from None
+                if now >= self.sync_at:
+                    with contextlib.suppress(DatabaseUnavailable):
+                        self.sync()
                 # A turn takes 0.2 ms, less than the shortest sleep: at first it is enough to let
                 # others run. Then 0.1 to 0.5 ms, however long it has waited already: longer waits
                 # would let newcomers win.
@@ -1992,10 +2032,11 @@ class Queue:
 
     def _explain(self, error: sqlite3.Error) -> QueueError:
         text = str(error)
+        if not text or "malformed" in text or "Could not decode" in text:
+            return self._damaged()
         kind = DatabaseUnavailable if any(word in text for word in UNAVAILABLE) else QueueError
         advice = {
             "file is not a database": "name another file with --db",
-            "database disk image is malformed": "it is corrupt; restore a copy of it",
             "attempt to write a readonly database": "make the file and its folder writable",
             "unable to open database file": "see that its folder exists and is writable",
             "database or disk is full": "nothing was stored; make room on its disk",
@@ -2003,6 +2044,16 @@ class Queue:
             "database is locked": "another program held it for %d seconds" % BUSY_BUDGET,
         }.get(text)
         return kind("%s: %s%s" % (self.path, text, "; " + advice if advice else ""))
+
+    def _damaged(self) -> QueueError:
+        return QueueError("%s is corrupt; restore a copy of it" % self.path)
+
+    def _json(self, text: str | None) -> Any:
+        """What has been stored as JSON."""
+        try:
+            return json.loads(text or "null")
+        except ValueError:
+            raise self._damaged() from None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -2239,7 +2290,7 @@ class Queue:
             self._execute("INSERT INTO deps VALUES (?, ?)", [(seq, need) for need in needs[seq]],
                           many=True)
             self._execute(COUNT_UNMET, {"seq": seq, "unmet": unmet, "now": now})
-            if not unmet and (job["run_after"] or 0) <= now:
+            if not unmet:
                 stored.count_ready(job["queue"])
         if forward:
             # Take away who waits for nobody, until nobody is left, or only a circle.
@@ -2267,7 +2318,18 @@ class Queue:
         row = self._row(SELECT_JOB, {"id": parse_name(id)})
         if row is None:
             raise QueueError("there is no job %s" % id)
-        return _job(row)
+        return self._job(row)
+
+    def _job(self, row: sqlite3.Row) -> Job:
+        fields = dict(row)
+        fields.update(
+            env=self._json(row["env"]) or {}, after=(row["after"] or "").split(),
+            unique=row["unique_key"], run_at=iso(row["run_after"]),
+            started_at=iso(row["started_at"]), finished_at=iso(row["finished_at"]))
+        return Job(**fields)
+
+    def _named(self, ids: Sequence[str]) -> list[Job]:
+        return [self.get(id) for id in dict.fromkeys([ids] if isinstance(ids, str) else ids)]
 
     def jobs(self, state: str | None = None, queue: str | None = None,
              limit: int | None = None) -> Iterator[Job]:
@@ -2287,7 +2349,7 @@ class Queue:
             rows = self._rows(SELECT_PAGE % where, {
                 "last": last, "queue": queue, "limit": int(min(PAGE, left))})
             for row in rows:
-                yield _job(row)
+                yield self._job(row)
             if len(rows) < min(PAGE, left):
                 return
             last, left = rows[-1]["seq"], left - len(rows)
@@ -2379,7 +2441,7 @@ class Queue:
         jobs as they are then: `processing` ones will end soon. QueueError for a job that
         does not exist or has ended otherwise: then none is touched."""
         with self._transaction():
-            jobs = [self.get(id) for id in dict.fromkeys(ids)]
+            jobs = self._named(ids)
             for job in jobs:
                 if job.state in ("completed", "dead"):
                     raise QueueError("job %s has ended already (%s)" % (job.id, job.state))
@@ -2398,7 +2460,7 @@ class Queue:
         """Make dead or cancelled jobs pending again, with attempts = 0. QueueError for any
         other job: then none is touched."""
         with self._transaction():
-            jobs = [self.get(id) for id in dict.fromkeys(ids)]
+            jobs = self._named(ids)
             for job in jobs:
                 if job.state not in ("dead", "cancelled"):
                     raise QueueError("job %s is %s; only dead and cancelled jobs can be retried"
@@ -2542,11 +2604,14 @@ class Queue:
         return ring(self.bell_path(name))
 
     def wake(self, queue: str | None, count: int) -> None:
-        """Wake up to `count` idle workers that serve the queue (None: any queue). A hint: it
-        comes after a commit, which its failure must not make look like one."""
+        """Wake up to `count` idle workers that serve the queue (None: any in which jobs are
+        ready). A hint: it comes after a commit, which its failure must not make look like one."""
         with contextlib.suppress(QueueError):
-            for row in self._rows(IDLE_WORKERS) if count > 0 else ():
-                if queue is None or row["queues"] is None or queue in json.loads(row["queues"]):
+            idle = self._rows(IDLE_WORKERS) if count > 0 else []
+            ready = {queue} if queue is not None else {
+                row[0] for row in (self._rows(READY_QUEUES) if idle else ())}
+            for row in idle:
+                if ready.intersection(self._json(row["queues"]) or ready):
                     count -= self.ring(row["name"])
                     if not count:
                         break
@@ -2580,7 +2645,9 @@ class Queue:
 
     def workers(self, supervisors: bool = False) -> list[WorkerInfo]:
         """The workers that are alive, and with `supervisors` their supervisors too."""
-        return [WorkerInfo(**dict(row, queues=json.loads(row["queues"] or "null")))
+        return [WorkerInfo(**dict(
+                    row, queues=self._json(row["queues"]),
+                    stop=max(row["stop"], _size(self.lock_path(row["supervisor"])))))
                 for row in self._rows(SELECT_WORKERS)
                 if (supervisors or row["slot"]) and is_held(self.lock_path(row["name"]))]
 
@@ -2606,10 +2673,10 @@ class Queue:
 
         The settle is fenced: where the run does not hold its job any more (it was rescued,
         and perhaps runs again), nothing changes and Settled is None."""
-        now = time.time()
         settled = claim = None
         tally = dict(self._tally)
         with self._transaction():
+            now = time.time()  # not before: the wait for the writer lock may have been long
             if result is not None:
                 settled = self._settle(result, now, tally)
             if worker is not None:
@@ -2617,8 +2684,8 @@ class Queue:
             if claim is None or time.monotonic() >= self._tallied + TALLY_DELAY:
                 self._store(tally)
         self._tally = tally
-        if settled is not None and (settled.awakened or settled.run_after):
-            self.wake(None, settled.awakened or 1)
+        for queue, count in settled.awakened.items() if settled else ():
+            self.wake(queue, count)
         return settled, claim
 
     def store_counts(self) -> None:
@@ -2651,12 +2718,11 @@ class Queue:
         counted = now // 60, row["queue"], result.outcome
         runs, seconds = tally.get(counted, (0, 0.0))
         tally[counted] = runs + 1, seconds + result.seconds
-        awakened = 0
+        awakened = {row["queue"]: 1} if state == "pending" else {}
         if state == "completed" and row["needed"]:
-            awakened = self._execute(
-                MEET_DEPENDANTS, {"seq": result.seq, "now": now, "at": iso(now)}).rowcount
-        elif state == "pending" and hold == READY:
-            awakened = 1
+            self._execute(MEET_DEPENDANTS, {"seq": result.seq, "now": now, "at": iso(now)})
+            awakened = {queue: count for queue, count in
+                        self._rows(READY_DEPENDANTS, {"seq": result.seq})}
         return Settled(state=state, run_after=run_after, awakened=awakened)
 
     def _claim(self, worker: str, lock: str, now: float) -> Claim | None:
@@ -2680,7 +2746,7 @@ class Queue:
         return Claim(
             run=run, seq=row["seq"], id=row["id"], command=row["command"], queue=row["queue"],
             attempts=row["attempts"], max_retries=row["max_retries"], cwd=row["cwd"],
-            env=row["env"], started_at=now, kill_grace=settings["kill_grace"],
+            env=self._json(row["env"]) or {}, started_at=now, kill_grace=settings["kill_grace"],
             timeout=settings["job_timeout"] if row["timeout"] is None else row["timeout"],
             output_limit=int(settings["output_limit"]))
 
@@ -2707,7 +2773,8 @@ class Queue:
     # Rescue.
 
     def open_runs(self) -> list[sqlite3.Row]:
-        """The runs that have no outcome yet: seq, id, run, worker, lock, started_at."""
+        """The runs that have no outcome yet: seq, id, run, worker, lock, started_at, and as
+        `error` a doubt()."""
         return self._rows(OPEN_RUNS)
 
     def orphans(self) -> list[sqlite3.Row]:
@@ -2729,18 +2796,18 @@ class Queue:
 
     def sweep(self) -> None:
         """Delete what dead workers have left: rows, and files of theirs that no run needs."""
-        names = {row["name"] for row in self._rows("SELECT name FROM workers")}
+        registered = [row["name"] for row in self._rows("SELECT name FROM workers")]
         try:
             files = os.listdir(self.folder)
         except OSError:
             files = []
-        names.update(file.partition(".")[0] for file in files)
+        names = {file.partition(".")[0] for file in files}.union(registered)
         dead = {name for name in names if not is_held(self.lock_path(name))}
         # The dead claim no more: what they run now is all that they will ever have run.
         dead -= {row["worker"] for row in self.open_runs()}
-        for row in self._rows("SELECT name FROM workers"):
-            if row["name"] in dead:
-                self.unregister(row["name"])
+        for name in registered:  # who has registered since then lives
+            if name in dead:
+                self.unregister(name)
         for file in files:
             owner, _, kind = file.partition(".")
             path = os.path.join(self.folder, file)
@@ -2763,7 +2830,7 @@ class _Batch:
 
     def __init__(self) -> None:
         self.first = 0
-        self.ready: dict[str, int] = {}  # queue: jobs that can run at once
+        self.ready: dict[str, int] = {}  # queue: jobs that wait for nothing but their time
         self.notes: list[str] = []
         self.instead: dict[int, str] = {}  # number of a row: the id that counts instead
         self.waiting: list[tuple[str, str, str]] = []  # (id, after, place)
@@ -2771,7 +2838,7 @@ class _Batch:
     def add(self, row: tuple[Any, ...], place: str) -> None:
         if row[AFTER]:
             self.waiting.append((row[ID], row[AFTER], place))
-        if row[HOLD] == READY:
+        if row[HOLD] != BLOCKED:  # who sleeps must hear of a job for later, too
             self.count_ready(row[QUEUE])
 
     def count_ready(self, queue: str) -> None:
@@ -2847,15 +2914,6 @@ def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[
                 " ".join(after) if after else None, get("unique"), created, created)
 
     return row
-
-
-def _job(row: sqlite3.Row) -> Job:
-    fields = dict(row)
-    fields.update(
-        env=json.loads(row["env"] or "{}"), after=(row["after"] or "").split(),
-        unique=row["unique_key"], run_at=iso(row["run_after"]),
-        started_at=iso(row["started_at"]), finished_at=iso(row["finished_at"]))
-    return Job(**fields)
 
 
 def _uri(path: str) -> str:
@@ -2989,6 +3047,7 @@ class Execution:
                  live_path: str, kill_grace: float) -> None:
         self.claim = claim
         self.child: Child | None = None
+        self.shortage = False  # whether this machine, not the command, kept it from starting
         self.reading = False  # whether child.fd is open and not at its end
         self._grace = kill_grace
         self._live_path = live_path
@@ -3008,6 +3067,7 @@ class Execution:
             self.reading = True
         except (OSError, ValueError) as error:
             self._error = self._cannot_start(error)
+            self.shortage = getattr(error, "errno", None) in SHORTAGES
             self._timeout_at = self._started  # there is nothing to wait for
 
     def _cannot_start(self, error: Exception) -> str:
@@ -3035,7 +3095,8 @@ class Execution:
         """Do what can be done without waiting; the Result once the run is over."""
         child, now = self.child, time.monotonic()
         if child is None:
-            return self._result("failed", self._error, None, None)
+            return self._result("interrupted" if self.shortage else "failed", self._error,
+                                None, None)
         if readable:
             self._read(child)
         if self._exit is None:
@@ -3139,10 +3200,12 @@ class Execution:
 TICK = 1.0 if BELLS else 0.05  # seconds after which a sleeper looks around unasked
 HOUSEKEEPING = 60.0  # seconds between two looks for completed jobs past keep_completed
 SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
+PATIENCE = 3.0  # seconds after which `worker stop` says for whom it waits
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
 SETTLED_IN = 2.0  # seconds that a worker must have lived for its death not to count as "keeps"
 FATAL = 3  # exit code of a worker which no replacement can help
 MOST_LEFTOVERS = 200  # pipes of ended jobs that a worker goes on draining
+LOG_PATIENCE = 1.0  # seconds for which a log line waits for who reads stderr
 LOG_LIMIT = 1024 ** 2  # bytes of a log file before it is moved to NAME.1
 
 
@@ -3163,13 +3226,15 @@ class StartOptions(Record):
 
 
 class Log:
-    """A line per event, on stderr or in a file of bounded size."""
+    """A line per event, on stderr or in a file of bounded size. Whoever reads stderr may stand
+    still (less, Ctrl-S): that must not stop the jobs, so lines are dropped then."""
 
     def __init__(self, options: StartOptions, who: str) -> None:
         self._path = options.log
         self._quiet = options.quiet
         self._who = who
         self._fd = 2
+        self._dropped = 0
 
     def event(self, text: str) -> None:
         if not self._quiet:
@@ -3182,6 +3247,12 @@ class Log:
         with contextlib.suppress(OSError):  # a terminal that has been closed
             if self._path:
                 self._open(self._path)
+            elif not writable(self._fd, 0 if self._dropped else LOG_PATIENCE):
+                self._dropped += 1
+                return
+            if self._dropped:
+                line = "(%d lines were dropped)\n%s" % (self._dropped, line)
+                self._dropped = 0
             os.write(self._fd, line.encode("utf-8", "replace"))
 
     def _open(self, path: str) -> None:
@@ -3200,7 +3271,8 @@ def rescue(queue: Queue, note: Callable[[str], None]) -> int:
     A job whose tree may be alive, and cannot be proven to be its, stays as it is. How many."""
     count = 0
     for row in queue.orphans():
-        doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"], row["id"])
+        doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"], row["id"],
+                         patient=not row["error"])
         if doubt:
             queue.doubt(row["run"], "its worker died, and %s may be running it still" % doubt)
             continue
@@ -3234,14 +3306,13 @@ class Worker:
         self._level = RUN
         self._log = Log(options, "worker %d" % slot)
         self._leftovers: dict[int, Child] = {}  # pipes that outlived their job: drained, too
-        self._next_keeping = 0.0
+        self._next_keeping = self._next_rescue = 0.0
         self._kept_until = 0
         self._complaints: set[str] = set()
         self._rung = False
 
     def main(self) -> int:
         """Work until told to stop; the exit code of the process."""
-        import errno
         clean_slate()
         self._waiter = Waiter()
         for name in ("SIGINT", "SIGHUP"):  # the supervisor's business
@@ -3264,8 +3335,7 @@ class Worker:
             return 1
         except (QueueError, OSError) as error:
             self._log.warn(str(error))
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE)
-            return 1 if full else FATAL
+            return 1 if getattr(error, "errno", None) in SHORTAGES else FATAL
 
     def _enter(self) -> None:
         queue = self._queue
@@ -3306,6 +3376,8 @@ class Worker:
                     self._queue.wake(None, 1)  # two rings may have met one bell
                 awaited = False
                 self._keep_house()
+                with contextlib.suppress(DatabaseUnavailable):
+                    self._rescue()
                 execution, result = self._run(claim)
                 continue
             execution = result = None
@@ -3318,11 +3390,12 @@ class Worker:
     def _turn(self, result: Result | None) -> Claim | None:
         """Settle and claim. Where the database cannot be written now, the result is kept and
         tried again until it can."""
+        # Once: the next time, what the run to settle now has left locked is removed.
+        able = self._level == RUN and self._new_lock()
         while True:
             try:
-                able = self._level == RUN and self._new_lock()
                 settled, claim = self._queue.turn(
-                    result, self._name if able else None, self._lock.name)
+                    result, self._name if able and self._level == RUN else None, self._lock.name)
             except DatabaseUnavailable as error:
                 self._complain("%s; trying again every second" % error)
                 if self._level == NOW:
@@ -3330,7 +3403,9 @@ class Worker:
                 self._look_around()
                 self._sleep(time.monotonic() + TICK)
                 continue
-            if able:
+            if able and self._level == RUN:
+                if self._complaints:
+                    self._log.warn("that works again")
                 self._complaints.clear()
             if result is not None:
                 self._tell(result, settled)
@@ -3377,8 +3452,7 @@ class Worker:
             self._log.event("job %s started (attempt %d of %d)" % (
                 claim.id, claim.attempts, max(claim.attempts, claim.max_retries)))
         env = dict(self._env, PWD=claim.cwd or os.sep)
-        if claim.env:
-            env.update(json.loads(claim.env))
+        env.update(claim.env)
         env.update(QUEUECTL_JOB_ID=claim.id, QUEUECTL_ATTEMPT=str(claim.attempts),
                    QUEUECTL_MAX_RETRIES=str(claim.max_retries), QUEUECTL_QUEUE=claim.queue,
                    QUEUECTL_WORKER=str(self._slot), QUEUECTL_DB=self._queue.path)
@@ -3399,6 +3473,10 @@ class Worker:
             while execution.step() is None:
                 self._waiter.wait(0.05)
             raise
+        if execution.shortage:
+            while self._leftovers:  # each of them holds a descriptor
+                self._close_pipe(self._leftovers.popitem()[1])
+            self._sleep(time.monotonic() + TICK)
         if child is not None:
             child.close()
             if execution.reading:  # somebody in the background still writes to it
@@ -3424,9 +3502,10 @@ class Worker:
                 look_at = time.monotonic() + TICK
                 self._look_around()
                 with contextlib.suppress(DatabaseUnavailable):
-                    self._queue.store_counts()
                     if self._queue.cancel_requested(execution.claim):
                         execution.end("cancelled")
+                    self._queue.store_counts()
+                    self._rescue()
 
     def _idle(self) -> None:
         """Sleep until a claim is worth trying. As long as the database does not change, only what
@@ -3443,15 +3522,22 @@ class Worker:
                 until = time.monotonic() + wait
                 while not self._rung and self._level == RUN and time.monotonic() < until:
                     self._sleep(until)
-                rung = self._rung
+                rescued, rung = self._rescue(), self._rung
                 if rung or queue.changed() or (due is not None and due <= time.time()):
                     self._look_around()
                     return
                 self._check_files()
-                if rescue(queue, self._log.warn):
+                if rescued:
                     return
             except DatabaseUnavailable:
                 self._sleep(time.monotonic() + TICK)
+
+    def _rescue(self) -> bool:
+        """Take back the jobs of dead workers; every TICK, however busy this worker is."""
+        if time.monotonic() < self._next_rescue:
+            return False
+        self._next_rescue = time.monotonic() + TICK
+        return rescue(self._queue, self._log.warn) > 0
 
     def _sleep(self, until: float) -> list[int]:
         """Sleep in the one place where this process waits, until something happens. Returns
@@ -3621,14 +3707,21 @@ class Supervisor:
         self._waiter.close()
 
     def _start(self, slot: int) -> None:
+        """OSError where there is no process, or no descriptor, to be had."""
         seat = self._seats[slot]
-        orders, seat.orders = self._context.Pipe(duplex=False)
-        inherited = [other.orders for other in self._seats.values() if other.orders is not None]
-        seat.process = self._context.Process(
-            target=_worker_main, args=(self._options, self._name, slot, orders,
-                                       inherited if self._context is Fork else ()))
-        seat.process.start()
-        orders.close()
+        theirs, ours = self._context.Pipe(duplex=False)
+        inherited = [ours] + [other.orders for other in self._seats.values() if other.orders]
+        try:
+            process = self._context.Process(
+                target=_worker_main, args=(self._options, self._name, slot, theirs,
+                                           inherited if self._context is Fork else ()))
+            process.start()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        seat.process, seat.orders = process, ours
         seat.started = time.monotonic()
         seat.replace_at = None
 
@@ -3656,6 +3749,8 @@ class Supervisor:
             return
         self._level = level
         self._tell(level)  # before anybody can read of it
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._held, level)  # so that others see it: see Queue.workers()
         self._log.event("ending the jobs and putting them back" if level == NOW else
                         "finishing the current jobs; a second signal ends them")
         for slot, seat in list(self._seats.items()):
@@ -3705,7 +3800,7 @@ class Supervisor:
             with self._options.open() as queue:
                 rescue(queue, self._log.warn)
                 queue.sweep()
-        except DatabaseUnavailable as error:  # an idle worker will do it
+        except (DatabaseUnavailable, OSError) as error:  # a worker will do it
             self._log.warn(str(error))
         except QueueError as error:
             self._log.warn(str(error))
@@ -3715,21 +3810,34 @@ class Supervisor:
     def _replace(self) -> None:
         for slot, seat in self._seats.items():
             if seat.replace_at is not None and time.monotonic() >= seat.replace_at:
-                self._start(slot)
+                try:
+                    self._start(slot)
+                except OSError as error:  # no process, no descriptor: there may be again
+                    self._log.warn("cannot start worker %d: %s" % (slot, error))
+                    seat.replace_at = time.monotonic() + LONGEST_PAUSE
 
 
-def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str | None) -> int:
+def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str | None,
+                 note: Callable[[str], None]) -> int:
     """Order all workers to stop, and wait until they are gone; how many there were. A worker
-    that runs `own_job`, from which this is called, is not waited for. TimeoutExpired."""
+    that runs `own_job`, from which this is called, is not waited for. `note` gets a line about
+    those for whom one waits long. TimeoutExpired."""
     found = queue.order_stop(level)
     own = {info.supervisor for info in found if own_job is not None and info.job == own_job}
-    until = math.inf if timeout is None else time.monotonic() + timeout
+    now = time.monotonic()
+    until, note_at = math.inf if timeout is None else now + timeout, now + PATIENCE
     left = [info for info in found if info.supervisor not in own]
     while left:
         left = [info for info in left if is_held(queue.lock_path(info.name))]
         if left and time.monotonic() >= until:
             raise TimeoutExpired("not all workers have stopped yet; `worker stop --now` ends "
                                  "their jobs")
+        if left and time.monotonic() >= note_at:
+            note_at = math.inf
+            note("waiting for " + ", ".join(
+                "%s %d%s" % ("pid" if info.slot else "their supervisor, pid", info.pid,
+                             ", which runs %s" % info.job if info.job else "")
+                for info in sorted(left, key=lambda info: -info.slot)))
         time.sleep(0.01)
     rescue(queue, lambda text: None)
     return sum(info.slot > 0 for info in found)
@@ -3837,7 +3945,8 @@ def start_detached(options: StartOptions, ensure: bool) -> tuple[int, str]:
             while process.poll() is None:
                 workers = queue.workers(supervisors=True)
                 leader = [info.name for info in workers if info.pid == process.pid]
-                if sum(info.slot > 0 and info.supervisor in leader for info in workers) == count:
+                running = sum(info.slot > 0 and info.supervisor in leader for info in workers)
+                if running >= (1 if options.drain else count):  # of those, some may be done already
                     process.returncode = 0  # ours no longer: no warning that it still runs
                     return count, log
                 time.sleep(0.01)
@@ -3847,15 +3956,15 @@ def start_detached(options: StartOptions, ensure: bool) -> tuple[int, str]:
 
 
 def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: str | None,
-             tell: Callable[[int, int, int], None]) -> bool:
+             tell: Callable[[int, int, int], None]) -> None:
     """Wait until jobs have ended, or can never run: these, or (none named) all that have not
-    ended now. True if all have completed. `tell` gets (done, failed, left) now and then.
-    TimeoutExpired; QueueError for a job that does not exist."""
+    ended now. `tell` gets (done, failed, left) now and then. TimeoutExpired; QueueError for a job
+    that does not exist, and where not all have completed."""
     until = math.inf if timeout is None else time.monotonic() + timeout
     last, since = queue.last_seq(), time.time()
     open_jobs = [queue.get(id).id for id in dict.fromkeys(ids) if id != own_job]
     total = len(open_jobs) if ids else queue.progress(last, since, own_job)[0]
-    failed = 0
+    failed, reasons = 0, []
     while True:
         looked = time.monotonic()
         if ids:
@@ -3863,14 +3972,20 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
                 job = queue.get(id)
                 if job.state in ENDED or queue.stuck(job):
                     open_jobs.remove(id)
-                    failed += job.state != "completed"
+                    if job.state != "completed":
+                        failed += 1
+                        reasons.append("%s is %s" % (id, job.view))
             left = len(open_jobs)
         else:
             left, stuck, failed = queue.progress(last, since, own_job)
             left, failed = left - stuck, failed + stuck
         tell(total - left - failed, failed, left)
+        if failed and not left:
+            raise QueueError("%s not completed%s" % (
+                "1 job has" if failed == 1 else "%d jobs have" % failed,
+                ": " + ", ".join(reasons[:5]) if reasons else ""))
         if not left:
-            return not failed
+            return
         if time.monotonic() >= until:
             raise TimeoutExpired("%d job%s not ended in time" % (left, " has" if left == 1 else
                                                                  "s have"))
@@ -4031,12 +4146,19 @@ def summary(stats: Iterable[tuple[str, str, int, float]]) -> dict[str, float]:
 
 def status_warning(status: Mapping[str, Any]) -> str | None:
     """What is not going well by itself: jobs wait, and nobody will run them."""
-    waiting, workers = status["jobs"]["pending"], status["workers"]
+    jobs, workers, orphaned = status["jobs"], status["workers"], status["orphaned"]
+    waiting = jobs["pending"]
+    if orphaned:
+        return "%s left by a dead worker; %s" % (
+            "1 job was" if orphaned == 1 else "%d jobs were" % orphaned,
+            "show ID says more" if workers else "to take up again: worker start")
+    if waiting and waiting == jobs["blocked"] and not jobs["processing"]:
+        return "what the blocked jobs wait for has ended badly; see: list --state blocked"
+    if waiting and EVERY_QUEUE in status["paused"]:
+        return "all queues are paused; to go on: resume"
     if waiting and not workers:
         return "%s and no worker runs; start one: worker start" % (
             "1 job waits" if waiting == 1 else "%d jobs wait" % waiting)
-    if waiting and EVERY_QUEUE in status["paused"]:
-        return "all queues are paused; to go on: resume"
     alone = [name for name, row in sorted(status["queues"].items()) if row["pending"]
              and not any(info.queues is None or name in info.queues for info in workers)]
     return "jobs wait in %s, which no worker serves" % ", ".join(alone) if alone else None
@@ -4054,8 +4176,9 @@ def status_sheet(status: Mapping[str, Any], now: float) -> Iterator[str]:
     if status["oldest_ready_seconds"] is not None:
         yield "waiting   the first ready job for " + format_age(status["oldest_ready_seconds"])
     if hour["runs"]:
-        yield "rate      %.3g runs a minute; %d in the last hour, %d of these failed" % (
-            status["runs_per_minute"], hour["runs"], hour["failed"])
+        rate = status["runs_per_minute"]
+        yield "rate      %.*f runs a minute, over 5; %d in the last hour, %d of these failed" % (
+            0 if rate >= 10 else 1, rate, hour["runs"], hour["failed"])
         yield "duration  %s on average" % format_age(hour["mean_seconds"])
     if len(status["queues"]) > 1 or paused:
         yield ""
@@ -4189,6 +4312,9 @@ def read_word(word: str) -> dict[str, Any]:
 
 
 def refuse_bare_braces(text: str) -> None:
+    if text[:1] == "[" and text[1:].lstrip()[:1] == "{":
+        raise QueueError("%s is an array; many jobs come by --file FILE, or --file - from a pipe"
+                         % _shown(text))
     if text[:1] == "{" and not text[1:2].isspace():
         raise QueueError("%s is neither JSON nor a command; some shells (PowerShell) take the "
                          "quotes out of JSON: use options instead, as in: enqueue --id job1 "
@@ -4333,6 +4459,8 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
         raise UsageError("--id names one job; with --file each job has its own")
     if len(words) > 1:
         refuse_bare_braces(words[0])
+    if exact and not exact[0].strip():
+        raise UsageError("the command behind -- is empty")
     if len(words) > 1 or exact:
         jobs: Iterable[tuple[str, Any]] = [("", {"command": quoted(words or exact)})]
     elif words:
@@ -4353,10 +4481,22 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             page = list(itertools.islice(ids, PAGE))
             if not page:
                 break
-            print("\n".join(page))
+            show_ids(page)
     if skipped:
         say("%d job%s skipped, which had ended already: %s" % (
             len(skipped), " was" if len(skipped) == 1 else "s were", " ".join(skipped[:5])))
+
+
+def show_ids(ids: Sequence[str]) -> None:
+    """In one write, so that many may enqueue into one pipe. QueueError."""
+    try:
+        sys.stdout.write("\n".join(ids) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise QueueError("stored %s, but cannot print that: %s"
+                         % (counted(len(ids), "job"), error.strerror)) from None
 
 
 def checked_env(words: list[str]) -> dict[str, str]:
@@ -4415,7 +4555,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
     option("--now", action="store_true", help="end the jobs and put them back unharmed"),
     option("--timeout", type=DURATION, metavar="T", help="give up waiting after this time"))
 def cmd_worker_stop(queue: Queue, args: argparse.Namespace) -> None:
-    count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue))
+    count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue), say)
     say(counted(count, "worker") + " stopped" if count else
         "no worker runs on %s" % queue.path)
 
@@ -4445,6 +4585,7 @@ def gather_status(queue: Queue) -> dict[str, Any]:
         "queues": queues,
         "paused": queue.paused(),
         "workers": queue.workers(),
+        "orphaned": len(queue.orphans()),
         "oldest_ready_seconds": None if oldest is None else round(max(0.0, now - oldest), 3),
         # Stats are by the minute, so the last five began up to six minutes ago.
         "runs_per_minute": round(60 * summary(queue.stats(now - 300))["runs"]
@@ -4460,9 +4601,9 @@ def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
     while args.watch and is_terminal(sys.stdout):
         import shutil
         size, status = shutil.get_terminal_size(), gather_status(queue)
-        lines = list(status_sheet(status, time.time()))
         warning = status_warning(status)
-        lines = (lines + ["", "! " + warning] if warning else lines)[:size.lines - 1]
+        lines = ["! " + warning, ""] if warning else []
+        lines = (lines + list(status_sheet(status, time.time())))[:size.lines - 1]
         sys.stdout.write("\x1b[H" + "".join(
             clipped(line, size.columns) + "\x1b[K\n" for line in lines) + "\x1b[J")
         sys.stdout.flush()
@@ -4518,7 +4659,10 @@ def cmd_show(queue: Queue, args: argparse.Namespace) -> None:
            help="its Nth run (the last one)"))
 def cmd_logs(queue: Queue, args: argparse.Namespace) -> None:
     sys.stdout.flush()
-    for data in follow(queue, queue.get(args.id), args.run, args.follow):
+    job = queue.get(args.id)
+    if args.follow and job.state not in ENDED:
+        warn_of_no_worker(queue)
+    for data in follow(queue, job, args.run, args.follow):
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
@@ -4527,22 +4671,31 @@ def cmd_logs(queue: Queue, args: argparse.Namespace) -> None:
     "wait", "wait until jobs have ended", "queuectl.py wait job1 job2 --timeout 1h",
     option("id", nargs="*", metavar="ID", help="these (else all that have not ended now)"),
     option("--timeout", type=DURATION, metavar="T", help="exit 124 after this time"))
-def cmd_wait(queue: Queue, args: argparse.Namespace) -> int:
-    live, start = is_terminal(sys.stderr), time.monotonic()
+def cmd_wait(queue: Queue, args: argparse.Namespace) -> None:
+    live, start = is_terminal(sys.stderr), 0.0
 
     def tell(done: int, failed: int, left: int) -> None:
+        nonlocal start
+        if not start and left:
+            warn_of_no_worker(queue)
+        start = start or time.monotonic()
         if live:
             rate = (done + failed) / max(time.monotonic() - start, 0.001)
             rest = ", %.1f/s, about %s" % (rate, format_age(left / rate)) if rate and left else ""
             print("\r\x1b[K%d done, %d failed, %d left%s" % (done, failed, left, rest),
-                  end="" if left else "\n", file=sys.stderr, flush=True)
+                  end="", file=sys.stderr, flush=True)
 
     try:
-        return 0 if wait_for(queue, args.id, args.timeout, own_job(queue), tell) else 1
-    except BaseException:
-        if live:
-            print(file=sys.stderr)  # what is said of it has a line of its own
-        raise
+        wait_for(queue, args.id, args.timeout, own_job(queue), tell)
+    finally:
+        if live and start:
+            print(file=sys.stderr)  # what is said next has a line of its own
+
+
+def warn_of_no_worker(queue: Queue) -> None:
+    """Tell who looks on that there is nobody to wait for."""
+    if is_terminal(sys.stderr) and not queue.workers():
+        say("no worker runs now; start one: worker start")
 
 
 @command("cancel", "keep a pending job from running; end a running one",

@@ -1396,6 +1396,8 @@ class Storage(StorageCase):
         self.settle(queue, one, "cancelled")
         self.assertEqual(queue.get("a").state, "cancelled")
         queue.cancel(["a", "b"])  # once more does no harm
+        self.refuses("no job abc", queue.cancel, "abc")  # one id is one
+        self.refuses("no job abc", queue.retry, "abc")
         two = self.claim(queue)
         self.assertEqual(two.id, "e")
         queue.cancel(["e"])
@@ -1552,6 +1554,33 @@ class Storage(StorageCase):
         self.assertEqual((settled, none), (None, None))
         settled, again = queue.turn(self.result(two, "interrupted"), "w-1")
         self.assertEqual((settled.state, again.id, again.attempts), ("pending", "b", 1))
+
+    def test_a_result_has_the_time_at_which_it_was_stored(self):
+        """Not that at which its worker began to wait for the writer lock."""
+        clock, queue = self.clock(), self.queue()
+        queue.enqueue("true", id="a", max_retries=1)
+        claim, execute = self.claim(queue), queue._execute
+
+        def slow(sql, *words, **options):
+            clock.now += 5 * (sql == "BEGIN IMMEDIATE")
+            return execute(sql, *words, **options)
+        with mock.patch.object(queue, "_execute", slow):
+            self.settle(queue, claim, "failed")
+        self.assertEqual(queue.get("a").updated_at, queuectl.iso(clock.now))
+
+    def test_a_sweep_spares_who_has_just_registered(self):
+        queue, other = self.queue(), self.queue()
+        queue.require_safe()
+        queue.register("dead", "s", 1, 0, None)
+        os.close(queuectl.create_file(queue.lock_path("new")))
+
+        def is_held(path):
+            if path == queue.lock_path("new"):
+                other.register("new", "s", 1, 0, None)
+            return False
+        with mock.patch.object(queuectl, "is_held", is_held):
+            queue.sweep()
+        self.assertEqual(queue._rows("SELECT name FROM workers")[0]["name"], "new")
 
     def test_run_numbers_are_never_used_twice(self):
         queue = self.queue()
@@ -2098,8 +2127,10 @@ class Commands(StorageCase):
     def test_wrong_jobs(self):
         """What is no command and no JSON job, as one word."""
         self.ok("enqueue", "--id", "taken", "true")
+        self.refused("enqueue", "--", "", code=2, says="empty")
         self.check_refused([(("enqueue", word), says) for word, says in [
             ("", "empty"), (" ", "empty"), ("\n\t ", "empty"), ("\u3000", "empty"),
+            ('[{"command": "x"}]', "--file"), ("[ {}]", "--file"),
             ('{"command": "x"', "JSON"), ('{"command": }', "JSON"), ('{"command" "x"}', "JSON"),
             ('{"command": "x"} more', "JSON"), ('{"command": "x",}', "JSON"), ('{"', "JSON"),
             ('{ "command: x}', "JSON"), (' {"a', "JSON"), ('{"a": ' + "[" * 100000, "JSON"),
@@ -2723,6 +2754,8 @@ class Commands(StorageCase):
                     process = self.start(*words, stdout=full)
                     self.assertEqual(process.wait(PATIENCE), 1, read_file(process.log))
                 self.assertRegex(read_file(process.log), rb"\Aqueuectl: [^\n]+\n\Z", words)
+                if words[0] == "enqueue":
+                    self.assertIn(b"stored 1 job, but cannot print that", read_file(process.log))
             for words, code in ((["show", "nobody"], 1), (["nonsense"], 2)):
                 with open("/dev/full", "wb") as full:
                     self.assertEqual(self.start(*words, stderr=full).wait(PATIENCE), code)
@@ -3092,6 +3125,21 @@ class Platform(Process):
         self.assertEqual(len(made), 2)
         self.assertTrue(queuectl.same_file(fd, path))
 
+    def test_who_rings_is_not_harmed_by_who_leaves(self):
+        bell = queuectl.Bell(self.path("bell"))
+        self.addCleanup(os.close, bell.fd)
+        before = len(os.listdir("/dev/fd"))
+        with mock.patch("os.write", side_effect=BrokenPipeError(errno.EPIPE, "gone")):
+            self.assertFalse(queuectl.ring(self.path("bell")))
+        self.assertEqual(len(os.listdir("/dev/fd")), before)
+
+    def test_one_look_is_enough_where_nobody_is_patient(self):
+        looks = []
+        with mock.patch.object(queuectl, "_tree", lambda *words: looks.append(words)
+                               or ([], None, "somebody")):
+            self.assertEqual(queuectl.end_tree("x", 1, "a", patient=False), "somebody")
+        self.assertEqual(len(looks), 1)
+
     def test_a_bell_wakes_and_never_blocks_who_rings(self):
         path = self.path("a.bell")
         queuectl.ring(path)  # nobody has ever listened here
@@ -3385,6 +3433,72 @@ class Workers(Process):
         self.assertEqual(len(slept), 1)
         self.assertLess(slept[0], time.monotonic())
 
+    def test_the_lock_of_an_unsettled_run_stays_while_the_database_is_full(self):
+        """What a job left in the background still holds it, and a rescuer must see that."""
+        worker = self.worker()
+        worker._lock, worker._queue, worker._log = mock.Mock(), mock.Mock(), mock.Mock()
+        worker._look_around = worker._sleep = lambda *until: None
+        worker._queue.turn.side_effect = [queuectl.DatabaseUnavailable("full")] * 3 + [(None, None)]
+        self.assertIsNone(worker._turn(None))
+        self.assertEqual(worker._queue.turn.call_count, 4)
+        self.assertEqual(worker._lock.renew.call_count, 1)
+
+    def test_a_job_is_put_back_where_its_worker_lacks_something(self):
+        queue, worker, lock = self.queue(), self.worker(), queuectl.RunLock(self.path("lock"))
+        lock.renew()
+        self.addCleanup(lock.discard)
+        worker._lock, worker._queue, worker._waiter = lock, queue, mock.Mock()
+        worker._env = {}
+        worker._sleep = lambda until: []
+        for number, outcome in ((errno.EMFILE, "interrupted"), (errno.EAGAIN, "interrupted"),
+                                (errno.EACCES, "failed")):
+            id = queue.enqueue("true")
+            with mock.patch.object(queuectl, "Child", side_effect=OSError(number, "none left")):
+                _, result = worker._run(queue.turn(None, "w", "lock.0")[1])
+            self.assertEqual((result.outcome, result.error.count("none left")), (outcome, 1))
+            queue.cancel([id])
+            queue.turn(result, None)
+
+    def test_a_supervisor_outlives_a_shortage(self):
+        supervisor = queuectl.Supervisor(self.worker()._options)
+        supervisor._log = mock.Mock()
+        seat = supervisor._seats[1]
+        seat.replace_at = 0.0
+        with mock.patch.object(queuectl.Fork, "Pipe", side_effect=OSError(errno.EMFILE, "no")):
+            supervisor._replace()
+        self.assertGreater(seat.replace_at, time.monotonic())
+        with mock.patch("os.fork", side_effect=OSError(errno.EAGAIN, "no")):
+            seat.replace_at = 0.0
+            before = len(os.listdir("/dev/fd"))
+            supervisor._replace()
+            self.assertEqual(len(os.listdir("/dev/fd")), before)
+        self.assertGreater(seat.replace_at, time.monotonic())
+        self.assertIsNone(seat.process)
+        with mock.patch.object(queuectl, "create_file", side_effect=OSError(errno.EMFILE, "no")):
+            with self.assertRaises(queuectl.DatabaseUnavailable):
+                self.queue()
+
+    def test_nobody_who_reads_the_log_holds_a_worker(self):
+        log = queuectl.Log(self.worker()._options, "me")
+        reader, log._fd = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, log._fd)
+        os.set_blocking(log._fd, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(log._fd, b"x" * 4096)
+        os.set_blocking(log._fd, True)
+        with mock.patch.object(queuectl, "LOG_PATIENCE", 0.01):
+            for number in range(3):
+                log.warn("line %d" % number)
+        os.set_blocking(reader, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(reader, 65536):
+                pass
+        log.warn("line 3")
+        self.assertRegex(os.read(reader, 65536).decode(),
+                         r"\A\(3 lines were dropped\)\n[0-9:]+ me: line 3\n\Z")
+
     def test_what_has_run_is_counted_while_a_long_job_runs(self):
         meeting = self.meeting()
         self.add("a", "true")
@@ -3651,6 +3765,18 @@ class Workers(Process):
         self.assertEqual([self.job(id).state for id in "abc"],
                          ["completed", "completed", "pending"])
         self.assertEqual(self.cli("worker", "stop")[0], 0)  # none there: nothing to do
+
+    def test_worker_stop_says_for_whom_it_waits(self):
+        meeting, notes = self.meeting(), []
+        self.add("a", meeting.here)
+        process = self.workers(1)
+        meeting.arrived()
+        pid = self.infos()[0].pid
+        with Queue(self.db) as queue, mock.patch.object(queuectl, "PATIENCE", 0.0):
+            with self.assertRaises(queuectl.TimeoutExpired):
+                queuectl.stop_workers(queue, queuectl.DRAIN, 0.1, None, notes.append)
+        self.assertEqual(notes, ["waiting for pid %d, which runs a, their supervisor, pid %d"
+                                 % (pid, process.pid)])
 
     def test_a_killed_worker_is_replaced(self):
         process = self.workers(2)
@@ -4120,6 +4246,21 @@ class Guarantees(Process):
             second.close()
             self.assertEqual(synced, ["first", "second", "second"])
 
+    def test_01_who_waits_for_the_writer_lock_syncs_meanwhile(self):
+        self.queue().require_safe()
+        queue = Queue(self.db, durable=False)
+        self.addCleanup(queue.close)
+        queue.enqueue("true")
+        queue.sync_at = 0.0
+        synced = []
+        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other, \
+                mock.patch.object(queuectl, "flush", synced.append), \
+                mock.patch.object(queuectl, "BUSY_BUDGET", 0.05):
+            other.execute("BEGIN IMMEDIATE")
+            with self.assertRaises(queuectl.DatabaseUnavailable):
+                queue.enqueue("true")
+        self.assertEqual(len(synced), 1)
+
     def test_01_a_full_disk_does_not_keep_from_syncing(self):
         self.queue().require_safe()
         queue = Queue(self.db, durable=False)
@@ -4373,6 +4514,60 @@ class Guarantees(Process):
         self.assertTrue(meeting.nobody())
 
     @linux
+    def test_05_rescue_is_quick_however_busy_the_others_are(self):
+        lost, long, idle = self.meeting("lost"), self.meeting("long"), self.meeting("idle")
+        for id, meeting, busy in (("a", lost, False), ("b", idle, True)):
+            self.add(id, meeting.here)
+            process = self.workers()
+            meeting.arrived()
+            if busy:
+                self.add("long", long.here)
+            other = self.workers()
+            if busy:
+                long.arrived()
+            pids = [process.pid] + [info.pid for info in self.infos() if info.job == id]
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+            with Queue(self.db) as queue:
+                def taken_back():
+                    queue.pause("nobody")  # the database does not stand still
+                    return len(queue.runs(id)) > 1 or queue.get(id).state == "pending"
+                self.until(taken_back)
+            self.assertEqual(self.runs(id)[0].outcome, "lost")
+            if not busy:
+                meeting.arrived()
+                meeting.let_go()
+                self.until_state(id, "completed")
+                other.send_signal(signal.SIGTERM)
+                self.ended(other)
+
+    def test_05_wake_ups_go_to_those_who_can_run_the_job(self):
+        queue, rung = self.queue(), []
+        queue.require_safe()
+        for name, queues in (("1", ["a"]), ("2", ["b"]), ("3", None), ("4", ["b", "c"])):
+            queue.register(name, "s", 1, 0, queues)
+        with mock.patch.object(queue, "ring", lambda name: rung.append(name) or True):
+            for name, count, expected in (("b", 1, ["2"]), ("b", 9, ["2", "3", "4"]),
+                                          (None, 9, []), ("d", 9, ["3"])):
+                del rung[:]
+                queue.wake(name, count)
+                self.assertEqual(rung, expected)
+            for wake, expected in (
+                    (lambda: queue.enqueue("true", queue="c", delay=3), ["3"]),
+                    (lambda: queue.enqueue("true", queue="b", id="b"), ["2"]),
+                    (lambda: queue.enqueue("true", queue="a", after=["b"]), []),
+                    (lambda: queue.wake(None, 9), ["2", "3", "4"])):
+                del rung[:]
+                wake()
+                self.assertEqual(rung, expected)
+            claim = queue.turn(None, "5")[1]
+            del rung[:]
+            queue.turn(queuectl.Result(
+                run=claim.run, seq=claim.seq, outcome="completed", exit_code=0, signal=None,
+                error=None, output=b"", finished_at=0.0, seconds=0.0), None)
+            self.assertEqual(rung, ["1"])  # the queue of the job that waited for it
+
     def test_05_wake_ups_are_not_spent_on_the_dead(self):
         """The dead worker is the first that anybody would wake for the job that it has lost."""
         self.workers()
@@ -4552,6 +4747,28 @@ class Guarantees(Process):
         pid = self.fork(run)
         status = os.waitpid(pid, 0)[1]
         return os.WEXITSTATUS(status), read_file(self.path("as-nobody")).decode()
+
+    def test_08_damage_within_is_told(self):
+        """Where SQLite itself sees none: text that is none, and JSON that is none."""
+        self.add("a", "true", env={"NAME": "x"})
+        for damage in ("UPDATE jobs SET env = '!'", "UPDATE jobs SET command = CAST(x'ff' AS TEXT)",
+                       "UPDATE jobs SET env = NULL"):
+            self.sql(damage)
+            if damage.endswith("NULL"):
+                break
+            for words in (("list",), ("list", "--json"), ("show", "a")):
+                self.refused(*words, code=1, says="corrupt")
+            code, out, err = self.cli("worker", "start", "--drain", "--quiet")
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn("is corrupt; restore a copy of it", err)
+            self.assertNotIn("Traceback", err)
+            self.assertEqual(self.sql("SELECT state, attempts FROM jobs"), [("pending", 0)])
+        data = read_file(self.db)
+        at = data.index(b"CREATE TABLE jobs")
+        with open(self.db, "r+b") as file:
+            file.seek(at + 7)
+            file.write(b"\xae")
+        self.refused("status", code=1, says="corrupt")
 
     def test_08_files_that_cannot_be_written(self):
         os.chmod(self.dir, 0o755)
@@ -5257,8 +5474,11 @@ class Wait(Everyday):
                               ("stuck", 1), ("behind", 1), ("orphan", 1), ("good bad", 1),
                               ("behind good", 1), ("", 1)):
             with self.subTest(ids):
-                self.assertEqual(self.main("wait", "--timeout", "20", *ids.split()),
-                                 (expected, "", ""))
+                code, out, err = self.main("wait", "--timeout", "20", *ids.split())
+                self.assertEqual((code, out), (expected, ""))
+                self.assertRegex(err, r"\Aqueuectl: [^\n]+ not completed[^\n]*\n\Z" if code
+                                 else r"\A\Z")
+        self.assertIn(": bad is dead, stuck is blocked\n", self.main("wait", "bad", "stuck")[2])
 
     def test_nothing_to_wait_for(self):
         """None named, and none that has not ended: done at once, whatever failed before."""
@@ -5360,10 +5580,11 @@ class Wait(Everyday):
                              (id, "completed", 1, None))
 
     def test_no_progress_where_nobody_looks(self):
-        """Without a terminal nothing is printed at all; where only stdout is none, the
+        """Without a terminal nothing is printed but how it ended; where only stdout is none, the
         progress is still on stderr."""
         self.various()
-        self.assertEqual(self.cli("wait", "bad", "good"), (1, "", ""))
+        self.assertEqual(self.cli("wait", "bad", "good"),
+                         (1, "", "queuectl: 1 job has not completed: bad is dead\n"))
         with open(self.path("out"), "wb") as file:
             code, shown = self.terminal("wait", "bad", "good", stdout=file).rest()
         self.assertEqual((code, read_file(self.path("out"))), (1, b""))
@@ -5442,7 +5663,9 @@ class Logs(Everyday):
             if text == b"2\n":
                 self.assertEqual(self.ended(one), (0, b"", ""))
         self.assertEqual(self.ended(follower), (0, b"", ""))
-        self.assertEqual(screen.rest(), (0, "1\n2\n3\n"))
+        code, shown = screen.rest()
+        self.assertEqual((code, re.sub(r"\Aqueuectl: no worker[^\n]*\n", "", shown)),
+                         (0, "1\n2\n3\n"))
 
     def test_follow_what_never_runs(self):
         """-f of a waiting job ends when that is cancelled."""
@@ -5929,8 +6152,8 @@ class After(Everyday):
                 [{"id": id, "command": "true", "max_retries": 1, "after": ids[number - 1:number]}
                  for number, id in enumerate(ids)]))
             self.settle(queue, "failed")
-            self.assertEqual(self.main("wait", ids[-1]), (1, "", ""))
-            self.assertEqual(self.main("wait"), (1, "", ""))
+            self.assertEqual(self.main("wait", ids[-1])[:2], (1, ""))
+            self.assertEqual(self.main("wait")[:2], (1, ""))
             queue.retry(ids[:1])
             self.assertEqual(self.settle_all(queue), ids)
 
@@ -6137,6 +6360,19 @@ class Detach(Everyday):
         self.assertEqual(served(), list("aaaabbb"))
         self.ok("worker", "start", "--ensure")
         self.assertEqual(served(), list("*aaaabbb"))
+
+    def test_ensure_does_not_count_on_who_leaves(self):
+        """Workers that finish their last job after a signal take no other one."""
+        meeting = self.meeting()
+        self.ok("enqueue", "--id", "a", meeting.here)
+        process = self.workers(1)
+        meeting.arrived()
+        process.send_signal(signal.SIGTERM)
+        self.until(lambda: "(stopping)" in self.ok("worker", "list"))
+        self.ok("worker", "start", "--ensure")
+        self.assertEqual([info["job"] for info in self.listed()], ["a", None])
+        meeting.let_go()
+        self.assertEqual(process.wait(PATIENCE), 0)
 
 
 class Via(Everyday):
@@ -6444,6 +6680,36 @@ class Status(Everyday):
         workers = json.loads(self.ok("status", "--json"))["workers"]
         self.assertEqual(sorted(info["slot"] for info in workers), [1, 2])
         self.assertEqual(workers, json.loads(self.ok("worker", "list", "--json")))
+
+    def test_what_is_amiss(self):
+        """One line on stderr says what does not go well by itself, the worst first."""
+        def warns(text):
+            code, out, err = self.main("status")
+            self.assertEqual(code, 0)
+            self.assertRegex(err, r"\Aqueuectl: [^\n]*%s[^\n]*\n\Z" % text)
+        with Queue(self.db) as queue:
+            queue.enqueue("true", id="a")
+            queue.enqueue("true", id="b", after=["a"])
+            warns("2 jobs wait and no worker runs")
+            queue.pause()
+            warns("all queues are paused")
+            queue.resume()
+            queue.cancel(["a"])
+            warns("blocked jobs wait for has ended badly")
+            queue.retry(["a"])
+            claim = queue.turn(None, "dead")[1]
+            self.assertEqual(claim.id, "a")
+            warns("1 job was left by a dead worker; to take up again: worker start")
+            self.assertEqual(json.loads(self.ok("status", "--json"))["orphaned"], 1)
+
+    def test_rate(self):
+        """In whole numbers, however many."""
+        clock = mock.patch("time.time", lambda: 1800000000.0)
+        with clock, Queue(self.db) as queue:
+            queue._execute("INSERT INTO stats VALUES (?, 'q', 'completed', 26144, 1.0)",
+                           (1800000000 // 60,))
+            self.assertIn("rate      5229 runs a minute, over 5; 26144 in the last hour",
+                          self.ok("status"))
 
     def test_paused(self):
         """Paused queues are named, also those without a job."""
