@@ -3186,7 +3186,7 @@ class Execution:
 #   Alive   is who holds the kernel's lock on `<database>-run/NAME.lock`. The kernel drops it
 #           with the process, however that ends.
 #   Rescue  When the lock of a job's worker is free, anybody may take the job back: the
-#           supervisor at once when its child dies, `worker start` first of all, each idle
+#           supervisor at once when its child dies, `worker start` first of all, each
 #           worker every second. The rescuer ends what is left of the process tree, then
 #           settles the run as `lost`. If two rescue, the fence of settle lets one win.
 #   Orders  come from the supervisor through a pipe, as levels that only rise: RUN, DRAIN
