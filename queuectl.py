@@ -1455,9 +1455,7 @@ else:
 
     def writable(fd: int, timeout: float) -> bool:
         """Whether some bytes can be written without waiting for longer than `timeout` seconds."""
-        look = select.poll()
-        look.register(fd, select.POLLOUT)
-        return bool(look.poll(timeout * 1000))
+        return bool(select.select((), (fd,), (), timeout)[1])
 
     give_way, read_at, write_at = os.sched_yield, os.pread, os.pwrite
 
@@ -2051,7 +2049,7 @@ class Queue:
     def _json(self, text: str | None) -> Any:
         """What has been stored as JSON."""
         try:
-            return json.loads(text or "null")
+            return json.loads(text) if text else None
         except ValueError:
             raise self._damaged() from None
 
