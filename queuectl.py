@@ -3750,6 +3750,7 @@ class Supervisor:
         with contextlib.suppress(OSError):
             os.ftruncate(self._held, level)  # so that others see it: see Queue.workers()
         self._log.event("ending the jobs and putting them back" if level == NOW else
+                        "finishing the current jobs" if self._first_signal is None else
                         "finishing the current jobs; a second signal ends them")
         for slot, seat in list(self._seats.items()):
             if seat.process is None:
