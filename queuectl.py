@@ -1608,7 +1608,7 @@ MEET_DEPENDANTS = """
             ELSE 0 END
     WHERE seq IN (SELECT job FROM deps WHERE needs = :seq)"""
 READY_DEPENDANTS = """
-    SELECT queue, count(*) FROM deps JOIN jobs ON seq = job WHERE needs = :seq AND +hold = 0
+    SELECT queue, count(*) FROM deps JOIN jobs ON seq = job WHERE needs = :seq AND hold IN (0, 1)
     GROUP BY queue"""
 BLOCKERS = """
     SELECT id, state FROM jobs JOIN deps ON deps.needs = jobs.seq
@@ -1656,7 +1656,8 @@ _EVERY_QUEUE = """
         UNION ALL
         SELECT (SELECT min(queue) FROM jobs WHERE hold = 0 AND queue > served.queue)
         FROM served WHERE served.queue IS NOT NULL)"""
-READY_QUEUES = _EVERY_QUEUE + " SELECT queue FROM served WHERE queue IS NOT NULL"
+READY_QUEUES = _EVERY_QUEUE + """
+    SELECT queue FROM served WHERE queue IS NOT NULL AND queue NOT IN (SELECT queue FROM paused)"""
 NEXT_OF_EVERY_QUEUE = _EVERY_QUEUE + _CLAIM
 NEXT_OF_SERVED = _CLAIM.replace("served", "temp.served")
 
@@ -1766,6 +1767,7 @@ SELECT_WORKERS = """
 # -- storage ------------------------------------------------------------------------------
 
 BUSY_BUDGET = 30.0  # seconds for which a busy database is tried again
+IMPATIENCE = 0.01  # the same where somebody has something better to do; see impatient()
 LOOKS = 1.0  # seconds for which a file that looks bad and changes is looked at again
 SYNC_DELAY = 0.1  # seconds that a worker's commit may wait for its fsync
 MARKS = b"%031.9f %031.9f"  # monotonic starts of the last two syncs; see sync()
@@ -1830,6 +1832,7 @@ class Queue:
         self._serves_every = True
         self._tally: Tally = {}  # what is not in `stats` yet
         self._tallied = 0.0  # when it was last stored there
+        self._patience = BUSY_BUDGET
         try:
             self._created = self._inspect()
             self._db = sqlite3.connect(
@@ -2013,7 +2016,7 @@ class Queue:
                 raise self._damaged() from None
             except sqlite3.Error as error:
                 now = time.monotonic()
-                budget = budget or now + BUSY_BUDGET
+                budget = budget or now + self._patience
                 if "locked" not in str(error) or now > budget:
                     raise self._explain(error) from None
                 if now >= self.sync_at:
@@ -2069,7 +2072,8 @@ class Queue:
             raise
         if not self._durable:
             self._committed = time.monotonic()
-            self.sync_at = min(self.sync_at, self._committed + SYNC_DELAY)
+            if self.sync_at == math.inf:
+                self.sync_at = self._committed + SYNC_DELAY
         self.checkpoint()
 
     @contextlib.contextmanager
@@ -2079,7 +2083,17 @@ class Queue:
         try:
             yield
         finally:
-            self._execute("COMMIT")
+            if self._db.in_transaction:  # some errors end it
+                self._execute("COMMIT")
+
+    @contextlib.contextmanager
+    def impatient(self) -> Iterator[None]:
+        """In here, hardly any time is spent on a busy database: DatabaseUnavailable, instead."""
+        self._patience = IMPATIENCE
+        try:
+            yield
+        finally:
+            self._patience = BUSY_BUDGET
 
     # Durability. Clients commit with synchronous=FULL. Workers commit with NORMAL, which
     # syncs nothing, and sync the -wal file themselves, outside of the writer lock.
@@ -2687,8 +2701,8 @@ class Queue:
         return settled, claim
 
     def store_counts(self) -> None:
-        """Store the counts of the runs that have ended: a turn does so only now and then."""
-        if self._tally:
+        """Store the counts of the runs that have ended, as a turn does now and then."""
+        if self._tally and time.monotonic() >= self._tallied + TALLY_DELAY:
             tally = dict(self._tally)
             with self._transaction():
                 self._store(tally)
@@ -3198,6 +3212,7 @@ class Execution:
 TICK = 1.0 if BELLS else 0.05  # seconds after which a sleeper looks around unasked
 HOUSEKEEPING = 60.0  # seconds between two looks for completed jobs past keep_completed
 SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
+LONGEST_REST = 5.0  # seconds between two looks of `wait`
 PATIENCE = 3.0  # seconds after which `worker stop` says for whom it waits
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
 SETTLED_IN = 2.0  # seconds that a worker must have lived for its death not to count as "keeps"
@@ -3264,13 +3279,14 @@ class Log:
         self._fd = create_file(path, os.O_APPEND)
 
 
-def rescue(queue: Queue, note: Callable[[str], None]) -> int:
+def rescue(queue: Queue, note: Callable[[str], None], patient: bool = True) -> int:
     """Take back the jobs of dead workers: end their process trees, then settle them as lost.
-    A job whose tree may be alive, and cannot be proven to be its, stays as it is. How many."""
+    A job whose tree may be alive, and cannot be proven to be its, stays as it is. How many.
+    Who is not `patient` does not wait for the end of a tree, and looks again later."""
     count = 0
     for row in queue.orphans():
         doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"], row["id"],
-                         patient=not row["error"])
+                         patient=patient and not row["error"])
         if doubt:
             queue.doubt(row["run"], "its worker died, and %s may be running it still" % doubt)
             continue
@@ -3308,6 +3324,7 @@ class Worker:
         self._kept_until = 0
         self._complaints: set[str] = set()
         self._rung = False
+        self._able = True  # whether the last turn had a lock for a next job
 
     def main(self) -> int:
         """Work until told to stop; the exit code of the process."""
@@ -3374,8 +3391,7 @@ class Worker:
                     self._queue.wake(None, 1)  # two rings may have met one bell
                 awaited = False
                 self._keep_house()
-                with contextlib.suppress(DatabaseUnavailable):
-                    self._rescue()
+                self._look_after_others()
                 execution, result = self._run(claim)
                 continue
             execution = result = None
@@ -3389,7 +3405,8 @@ class Worker:
         """Settle and claim. Where the database cannot be written now, the result is kept and
         tried again until it can."""
         # Once: the next time, what the run to settle now has left locked is removed.
-        able = self._level == RUN and self._new_lock()
+        able = self._able = self._level == RUN and self._new_lock()
+        failed = False
         while True:
             try:
                 settled, claim = self._queue.turn(
@@ -3398,12 +3415,13 @@ class Worker:
                 self._complain("%s; trying again every second" % error)
                 if self._level == NOW:
                     raise
+                failed = True
                 self._look_around()
-                self._sleep(time.monotonic() + TICK)
+                self._pause()
                 continue
+            if failed:
+                self._log.warn("that works again")
             if able and self._level == RUN:
-                if self._complaints:
-                    self._log.warn("that works again")
                 self._complaints.clear()
             if result is not None:
                 self._tell(result, settled)
@@ -3474,7 +3492,7 @@ class Worker:
         if execution.shortage:
             while self._leftovers:  # each of them holds a descriptor
                 self._close_pipe(self._leftovers.popitem()[1])
-            self._sleep(time.monotonic() + TICK)
+            self._pause()
         if child is not None:
             child.close()
             if execution.reading:  # somebody in the background still writes to it
@@ -3502,8 +3520,7 @@ class Worker:
                 with contextlib.suppress(DatabaseUnavailable):
                     if self._queue.cancel_requested(execution.claim):
                         execution.end("cancelled")
-                    self._queue.store_counts()
-                    self._rescue()
+                self._look_after_others()
 
     def _idle(self) -> None:
         """Sleep until a claim is worth trying. As long as the database does not change, only what
@@ -3525,17 +3542,36 @@ class Worker:
                     self._look_around()
                     return
                 self._check_files()
-                if rescued:
+                if rescued or not self._able:
                     return
             except DatabaseUnavailable:
-                self._sleep(time.monotonic() + TICK)
+                self._pause()
 
-    def _rescue(self) -> bool:
+    def _pause(self) -> None:
+        """Sleep for a TICK, or until another order comes."""
+        level, until = self._level, time.monotonic() + TICK
+        while self._level == level and time.monotonic() < until:
+            self._sleep(until)
+
+    def _look_after_others(self) -> None:
+        """What a busy worker does, too, but must not let its own job wait for."""
+        if time.monotonic() >= self._next_rescue:
+            with contextlib.suppress(DatabaseUnavailable), self._queue.impatient():
+                self._rescue(patient=False)
+                self._queue.store_counts()
+
+    def _rescue(self, patient: bool = True) -> bool:
         """Take back the jobs of dead workers; every TICK, however busy this worker is."""
         if time.monotonic() < self._next_rescue:
             return False
         self._next_rescue = time.monotonic() + TICK
-        return rescue(self._queue, self._log.warn) > 0
+        try:
+            return rescue(self._queue, self._log.warn, patient) > 0
+        except OSError as error:
+            if error.errno not in SHORTAGES:
+                raise
+            self._complain("cannot look for dead workers: %s" % error)
+            return False
 
     def _sleep(self, until: float) -> list[int]:
         """Sleep in the one place where this process waits, until something happens. Returns
@@ -3978,6 +4014,7 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
         else:
             left, stuck, failed = queue.progress(last, since, own_job)
             left, failed = left - stuck, failed + stuck
+        took = time.monotonic() - looked
         tell(total - left - failed, failed, left)
         if failed and not left:
             raise QueueError("%s not completed%s" % (
@@ -3989,7 +4026,7 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
             raise TimeoutExpired("%d job%s not ended in time" % (left, " has" if left == 1 else
                                                                  "s have"))
         # To count a million jobs takes a while, which the workers should have.
-        _await_change(queue, until, rest=10 * (time.monotonic() - looked))
+        _await_change(queue, until, rest=min(10 * took, LONGEST_REST))
 
 
 # -- output -------------------------------------------------------------------------------
@@ -4494,8 +4531,7 @@ def show_ids(ids: Sequence[str]) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise QueueError("stored %s, but cannot print that: %s"
-                         % (counted(len(ids), "job"), error.strerror)) from None
+        raise QueueError("stored, but the ids cannot be printed: %s" % error.strerror) from None
 
 
 def checked_env(words: list[str]) -> dict[str, str]:

@@ -1383,6 +1383,12 @@ class Storage(StorageCase):
                 if len(reads) <= reads_before:
                     self.settle(other, claim, "interrupted")
 
+    def test_an_error_in_a_snapshot_is_told(self):
+        queue = self.queue()
+        with self.assertRaises(queuectl.DatabaseUnavailable), queue._snapshot():
+            queue._execute("ROLLBACK")  # as SQLite does where it cannot read
+            raise queuectl.DatabaseUnavailable("disk I/O error")
+
     def test_cancel(self):
         queue = self.queue()
         special = {"b": dict(delay=60), "c": dict(after=["a"])}
@@ -2755,7 +2761,7 @@ class Commands(StorageCase):
                     self.assertEqual(process.wait(PATIENCE), 1, read_file(process.log))
                 self.assertRegex(read_file(process.log), rb"\Aqueuectl: [^\n]+\n\Z", words)
                 if words[0] == "enqueue":
-                    self.assertIn(b"stored 1 job, but cannot print that", read_file(process.log))
+                    self.assertIn(b"stored, but the ids cannot be printed", read_file(process.log))
             for words, code in ((["show", "nobody"], 1), (["nonsense"], 2)):
                 with open("/dev/full", "wb") as full:
                     self.assertEqual(self.start(*words, stderr=full).wait(PATIENCE), code)
@@ -3498,6 +3504,61 @@ class Workers(Process):
         log.warn("line 3")
         self.assertRegex(os.read(reader, 65536).decode(),
                          r"\A\(3 lines were dropped\)\n[0-9:]+ me: line 3\n\Z")
+
+    def test_a_running_job_does_not_wait_for_what_its_worker_does_for_others(self):
+        """Neither for a busy database nor for the end of a dead worker's tree."""
+        worker, queue = self.worker(), self.queue()
+        worker._queue, seen = queue, []
+        queue.store_counts = lambda: seen.append(queue._patience)
+        with mock.patch.object(queuectl, "rescue", lambda queue, note, patient: seen.append(
+                patient) or 0):
+            worker._look_after_others()
+            worker._look_after_others()  # not again so soon
+        self.assertEqual(seen, [False, queuectl.IMPATIENCE])
+        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other, \
+                mock.patch.object(queuectl, "IMPATIENCE", 0.0), \
+                mock.patch("time.sleep", side_effect=AssertionError("it sleeps")):
+            other.execute("BEGIN IMMEDIATE")
+            with self.assertRaises(queuectl.DatabaseUnavailable), queue.impatient():
+                queue.pause()
+        self.assertEqual(queue._patience, queuectl.BUSY_BUDGET)
+
+    def test_a_shortage_while_looking_for_dead_workers_harms_nobody(self):
+        worker = self.worker()
+        worker._queue, worker._log = self.queue(), mock.Mock()
+        for number, expected in ((errno.EMFILE, False), (errno.EIO, None)):
+            worker._next_rescue = 0.0
+            with mock.patch.object(queuectl, "rescue", side_effect=OSError(number, "no")):
+                if expected is None:
+                    self.assertRaises(OSError, worker._rescue)
+                else:
+                    self.assertEqual(worker._rescue(), expected)
+
+    def test_a_pause_is_as_long_as_it_should_be(self):
+        """Whatever wakes, but for another order."""
+        worker, clock = self.worker(), mock.Mock(now=100.0)
+        clock.monotonic = lambda: clock.now
+
+        def sleep(until):
+            clock.now += 0.3 * queuectl.TICK
+            worker._level = orders.pop(0) if orders else worker._level
+        worker._sleep = sleep
+        with mock.patch.object(queuectl, "time", clock):
+            for orders, sleeps in (([], 4), ([queuectl.RUN, queuectl.DRAIN, queuectl.NOW], 2)):
+                clock.now = 100.0
+                worker._pause()
+                self.assertAlmostEqual(clock.now, 100.0 + 0.3 * queuectl.TICK * sleeps)
+
+    def test_who_could_not_lock_tries_again(self):
+        """Also where nothing else happens to the database."""
+        worker, queue = self.worker(), self.queue()
+        worker._queue, worker._able = queue, False
+        worker._rescue = lambda: False
+        worker._check_files = worker._keep_house = lambda: None
+        worker._sleep = lambda until: None
+        queue.changed()
+        with mock.patch.object(queuectl, "TICK", 0.0):
+            worker._idle()  # returns
 
     def test_what_has_run_is_counted_while_a_long_job_runs(self):
         meeting = self.meeting()
@@ -5565,6 +5626,22 @@ class Wait(Everyday):
                 queue.changed.return_value = changed
                 queuectl._await_change(queue, until, rest)
                 self.assertAlmostEqual(clock.now - 1000.0, slept, delta=0.03)
+
+    def test_the_time_of_the_terminal_is_not_counted(self):
+        """Ctrl-S holds the progress: nobody should have to rest for ten times as long."""
+        self.ok("enqueue", "--id", "a", "true")
+        clock, rests = mock.Mock(now=1000.0), []
+        clock.monotonic, clock.time = (lambda: clock.now), time.time
+
+        def rest(queue, until, rest):
+            rests.append(rest)
+            queue.cancel(["a"])
+        with mock.patch.object(queuectl, "time", clock), Queue(self.db) as queue, \
+                mock.patch.object(queuectl, "_await_change", rest):
+            with self.assertRaises(QueueError):
+                queuectl.wait_for(queue, [], None, None, lambda *words: setattr(
+                    clock, "now", clock.now + 100))
+        self.assertEqual(rests, [0.0])
 
     def test_inside_a_job(self):
         """A job that waits does not wait for itself, named or not."""
