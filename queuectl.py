@@ -4213,8 +4213,8 @@ def status_sheet(status: Mapping[str, Any], now: float) -> Iterator[str]:
         yield "waiting   the first ready job for " + format_age(status["oldest_ready_seconds"])
     if hour["runs"]:
         rate = status["runs_per_minute"]
-        yield "rate      %.*f runs a minute, over 5; %d in the last hour, %d of these failed" % (
-            0 if rate >= 10 else 1, rate, hour["runs"], hour["failed"])
+        yield "rate      %.*f runs a minute in 5 minutes; " % (0 if rate >= 10 else 1, rate) \
+            + "%d in the last hour, %d of these failed" % (hour["runs"], hour["failed"])
         yield "duration  %s on average" % format_age(hour["mean_seconds"])
     if len(status["queues"]) > 1 or paused:
         yield ""

@@ -6785,7 +6785,7 @@ class Status(Everyday):
         with clock, Queue(self.db) as queue:
             queue._execute("INSERT INTO stats VALUES (?, 'q', 'completed', 26144, 1.0)",
                            (1800000000 // 60,))
-            self.assertIn("rate      5229 runs a minute, over 5; 26144 in the last hour",
+            self.assertIn("rate      5229 runs a minute in 5 minutes; 26144 in the last hour",
                           self.ok("status"))
 
     def test_paused(self):
