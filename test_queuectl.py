@@ -5733,6 +5733,7 @@ class Logs(Everyday):
         for text in (b"1\n", b"2\n", b"3\n"):
             meeting.arrived()
             self.assertEqual(self.read_until(follower, text), text)
+            screen.until(r"(?m)^%s\r$" % text.decode().strip())
             if text == b"2\n":
                 one = self.piped("logs", "-f", "--run", "2", "a")
                 self.assertEqual(self.read_until(one, text), text)
