@@ -2693,7 +2693,7 @@ class Queue:
                 settled = self._settle(result, now, tally)
             if worker is not None:
                 claim = self._claim(worker, lock, now)
-            if claim is None or time.monotonic() >= self._tallied + TALLY_DELAY:
+            if claim is None or self._counts_due():
                 self._store(tally)
         self._tally = tally
         for queue, count in settled.awakened.items() if settled else ():
@@ -2702,11 +2702,14 @@ class Queue:
 
     def store_counts(self) -> None:
         """Store the counts of the runs that have ended, as a turn does now and then."""
-        if self._tally and time.monotonic() >= self._tallied + TALLY_DELAY:
+        if self._tally and self._counts_due():
             tally = dict(self._tally)
             with self._transaction():
                 self._store(tally)
             self._tally = tally
+
+    def _counts_due(self) -> bool:
+        return time.monotonic() >= self._tallied + TALLY_DELAY
 
     def _store(self, tally: Tally) -> None:
         self._execute(COUNT_RUNS, [key + counts for key, counts in tally.items()], many=True)
@@ -3405,12 +3408,13 @@ class Worker:
         """Settle and claim. Where the database cannot be written now, the result is kept and
         tried again until it can."""
         # Once: the next time, what the run to settle now has left locked is removed.
-        able = self._able = self._level == RUN and self._new_lock()
+        self._able = self._level == RUN and self._new_lock()
         failed = False
         while True:
             try:
                 settled, claim = self._queue.turn(
-                    result, self._name if able and self._level == RUN else None, self._lock.name)
+                    result, self._name if self._able and self._level == RUN else None,
+                    self._lock.name)
             except DatabaseUnavailable as error:
                 self._complain("%s; trying again every second" % error)
                 if self._level == NOW:
@@ -3421,7 +3425,7 @@ class Worker:
                 continue
             if failed:
                 self._log.warn("that works again")
-            if able and self._level == RUN:
+            if self._able and self._level == RUN:
                 self._complaints.clear()
             if result is not None:
                 self._tell(result, settled)
