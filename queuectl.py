@@ -41,6 +41,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -53,14 +54,9 @@ from datetime import datetime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO, Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NoReturn
+    from typing import Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NoReturn
     from typing import Dict, Optional, Sequence, TextIO, Tuple, TypeVar
     T = TypeVar("T")
-    # Parameters of INSERT_JOB, whether the caller chose the id, its number in its batch, and
-    # the place in the input, for errors.
-    NewRow = Tuple[Tuple[Any, ...], bool, int, str]
-    # Runs that have ended: (minute, queue, outcome): (how many, seconds).
-    Tally = Dict[Tuple[float, str, str], Tuple[int, float]]
 
 __version__ = "1.0.0"
 __all__ = ["Job", "Queue", "QueueError", "Run", "WorkerInfo", "main"]
@@ -112,6 +108,7 @@ HOLD_VIEWS = {SCHEDULED: "scheduled", RETRYING: "failed", BLOCKED: "blocked"}
 RUN, DRAIN, NOW = range(3)
 
 DEFAULT_QUEUE = "default"
+RUN_VARIABLE = "QUEUECTL_RUN"  # in a job's environment: <id of the database>/<run>
 EVERY_QUEUE = "*"  # among the paused ones
 PAGE = 1000  # rows a read transaction may last, so that no reader pins the WAL
 MAX_TEXT = 128 * 1024  # bytes; Linux's MAX_ARG_STRLEN, the limit for one argument
@@ -243,18 +240,18 @@ class Result(Record):
     exit_code: int | None
     signal: int | None
     error: str | None
-    output: bytes
+    output: list[tuple[int, bytes]] | None
     finished_at: float
     seconds: float
 
 
 class Settled(Record):
     """What a result made of its job. `run_after` is set when it will run again later;
-    `awakened` says how many jobs of which queues can run now, or will then."""
+    `awakened` are queues in which jobs can run now, or will then."""
 
     state: str
     run_after: float | None
-    awakened: dict[str, int]
+    awakened: list[str]
 
 
 JOB_KEYS = tuple(key for key in Job.__annotations__
@@ -375,7 +372,10 @@ def _number(value: Any) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=repr)
+    try:
+        text = json.dumps(value, default=repr)
+    except RecursionError:
+        text = "a value nested so deep"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -610,8 +610,20 @@ def exit_error(exit_code: int | None, signum: int | None, output: bytes) -> str:
                 "enqueue with --env PATH)"
     elif exit_code == 126:
         text += " (found, but not executable)"
-    lines = output[-2000:].decode("utf-8", "replace").strip().splitlines()
+    lines = output.decode("utf-8", "replace").strip().splitlines()
     return text + (": " + lines[-1].strip()[-300:] if lines else "")
+
+
+def join_pieces(pieces: Iterable[tuple[int, bytes]], seen: int) -> tuple[bytes, int]:
+    """The output behind its first `seen` bytes, and how many have been seen then. `pieces` are
+    pairs of a place and the bytes from there on; a line says how much is missing."""
+    data = []
+    for start, piece in pieces:
+        if start > seen:
+            data.append(b"\n[queuectl: %d bytes are not kept (output_limit)]\n" % (start - seen))
+        data.append(piece[max(0, seen - start):])
+        seen = max(seen, start + len(piece))
+    return b"".join(data), seen
 
 
 def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now: float,
@@ -642,14 +654,12 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 # Every difference between operating systems. Both arms define the same names:
 #
 #   default_folder  make_folder  create_file  flush  flush_folder  unsafe_reason
-#   exclusive                       one process at a time
-#   hold  release  is_held  sweep   a worker's lock: held for as long as its process lives
-#   RunLock  end_tree               a run's process tree: found and ended by whoever rescues
+#   hold  release  is_held          a lock: held until it is released, or its process dies
+#   unreadable                      whether a disk fails
+#   RunLock  end_tree  not_ours     a run's process tree: found and ended by whoever rescues
 #   Child                           one spawned command, its pipe and its process group
-#   Fork                            processes that go on with this program (only where FORK)
-#   Bell  ring  Waiter              sleeping in one place, and waking who sleeps there
-#   clean_slate  bury_strangers     what a worker, and the first process, owes its children
-#   give_way  writable  read_at  write_at
+#   Bell  ring  Waiter  writable    sleeping in one place, and waking who sleeps there
+#   reset_signals  close_inherited  reap_strangers    what a process owes its children
 
 FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
 BELLS = sys.platform != "win32"  # where there are FIFOs
@@ -667,6 +677,19 @@ def remove(path: str) -> None:
     """Unlink a file that may be gone already."""
     with contextlib.suppress(OSError):
         os.unlink(path)
+
+
+def give_order(path: str, order: int) -> None:
+    """Give an order to the process that holds the lock file at `path`: the size of the file,
+    which nobody makes smaller, and which needs no room on a disk and no database. (Not to this
+    process itself: see hold.)"""
+    with contextlib.suppress(FileNotFoundError):
+        fd = os.open(path, os.O_RDWR)
+        try:
+            if os.fstat(fd).st_size < order:
+                os.ftruncate(fd, order)
+        finally:
+            os.close(fd)
 
 
 if sys.platform == "win32":
@@ -697,46 +720,39 @@ if sys.platform == "win32":
         return None  # access lists of the profile folder are the user's own
 
     # Windows refuses to delete a file that a process holds open, and a process's files are
-    # closed with it: a worker's lock is its open file, and to ask is to try to delete it.
+    # closed with it: a lock is an open file, and to ask is to try to delete it.
 
-    def hold(path: str) -> int:
-        return create_file(path, os.O_EXCL | os.O_NOINHERIT)
+    def hold(path: str, patience: float = math.inf) -> int:
+        until = time.monotonic() + patience
+        while True:
+            if not is_held(path):
+                with contextlib.suppress(FileExistsError):
+                    return create_file(path, os.O_EXCL | os.O_NOINHERIT)
+            if time.monotonic() >= until:
+                raise BlockingIOError
+            time.sleep(0.02)
 
     def release(path: str, fd: int) -> None:
         os.close(fd)
         remove(path)
 
     def is_held(path: str) -> bool:
-        return not sweep(path)
-
-    def sweep(path: str) -> bool:
         try:
             os.unlink(path)
         except FileNotFoundError:
             pass
         except OSError:
-            return False
-        return True
-
-    @contextlib.contextmanager
-    def exclusive(path: str) -> Iterator[None]:
-        import msvcrt
-        fd = create_file(path)
-        try:
-            msvcrt.locking(fd, msvcrt.LK_LOCK, 1)
-            yield
-        finally:
-            os.close(fd)
+            return True
+        return False
 
     class RunLock:
         """Nothing: a Job Object ends with its worker, so no tree outlives one."""
 
         def __init__(self, prefix: str) -> None:
-            self.name = ""
             self.fd = -1
 
-        def renew(self) -> None:
-            pass
+        def renew(self) -> str:
+            return ""
 
         def close(self) -> None:
             pass
@@ -744,11 +760,14 @@ if sys.platform == "win32":
         def discard(self) -> None:
             pass
 
-        def record(self, run: int, pid: int) -> None:
-            pass
+    def end_tree(path: str, run: int, name: str) -> tuple[list[int], str | None]:
+        return [], None
 
-    def end_tree(path: str, run: int, job: str, patient: bool = True) -> str | None:
-        return None
+    def not_ours(pid: int) -> bool:
+        return False
+
+    def unreadable(path: str, opened: bool) -> bool:
+        return False
 
     class _Limits(ctypes.Structure):
         """JOBOBJECT_EXTENDED_LIMIT_INFORMATION."""
@@ -764,7 +783,7 @@ if sys.platform == "win32":
         KILL_ON_JOB_CLOSE = 0x2000
 
         def __init__(self, command: str, cwd: str | None, env: Mapping[str, str],
-                     lock: RunLock) -> None:
+                     lock: RunLock, run: int) -> None:
             self.fd = -1
             self._chunks: list[bytes] = []
             self._job = kernel32.CreateJobObjectW(None, None)
@@ -813,14 +832,12 @@ if sys.platform == "win32":
                 with contextlib.suppress(OSError):
                     os.kill(self.pid, signal.CTRL_BREAK_EVENT)
 
-        def tree_alive(self) -> bool:
-            return False
+        def survivors(self) -> list[int]:
+            return []
 
         def close(self) -> None:
             self._limit(0)  # what a successful job left in the background may go on
             kernel32.CloseHandle(ctypes.c_void_p(self._job))
-
-    Fork: Any = None
 
     class Bell:
         """There are no FIFOs: whoever sleeps looks every 50 ms."""
@@ -853,31 +870,24 @@ if sys.platform == "win32":
             time.sleep(max(0.0, min(timeout, 0.05)))
             return [-1]
 
-    def clean_slate() -> None:
+    def reset_signals() -> None:
         pass
 
-    def give_way() -> None:
-        time.sleep(0)
+    def close_inherited() -> None:
+        pass
 
     def writable(fd: int, timeout: float) -> bool:
         return True
 
-    def bury_strangers(ours: set[int]) -> None:
+    def reap_strangers(ours: set[int]) -> None:
         pass
-
-    def read_at(fd: int, size: int, offset: int) -> bytes:
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.read(fd, size)
-
-    def write_at(fd: int, data: bytes, offset: int) -> None:
-        os.lseek(fd, offset, os.SEEK_SET)
-        os.write(fd, data)
 
 else:
     import fcntl
     import select
 
-    LOCK_FD = 100  # where a job's tree inherits its lock; scripts use 3 to 9 themselves
+    # Where a job's tree inherits its lock: scripts use 3 to 9 themselves. (The limit may be low.)
+    LOCK_FD = min(100, os.sysconf("SC_OPEN_MAX") - 1)
     SIGNALS = frozenset(map(int, signal.valid_signals())) - {signal.SIGKILL, signal.SIGSTOP}
 
     def default_folder() -> str | None:
@@ -905,11 +915,20 @@ else:
             raise QueueError("%s is not a folder that only you can write; remove it" % path)
 
     def create_file(path: str, flags: int = 0) -> int:
-        """Open or create a private file for reading and writing, whatever the umask."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags, 0o600)
-        if os.fstat(fd).st_mode & 0o777 != 0o600:
-            os.fchmod(fd, 0o600)
-        return fd
+        """Open a file for reading and writing. One that is not there is created: private,
+        whatever the umask. (The mode of a file that somebody else has made is his.)"""
+        flags |= os.O_RDWR | os.O_NOFOLLOW
+        while True:
+            try:
+                fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            except FileExistsError:
+                if flags & os.O_EXCL:
+                    raise
+                with contextlib.suppress(FileNotFoundError):  # it has just been removed
+                    return os.open(path, flags)
+            else:
+                os.fchmod(fd, 0o600)
+                return fd
 
     def flush(fd: int) -> None:
         """Force a file to the disk itself (on macOS, fsync alone stops at the drive's cache)."""
@@ -928,33 +947,44 @@ else:
     def unsafe_reason(path: str) -> str | None:
         """Why workers must not run what this database says, or None: whoever can write it
         runs commands as the worker."""
-        status, folder = os.stat(path), os.stat(os.path.dirname(path))
-        if status.st_uid != os.geteuid():
-            return "belongs to another user (uid %d)" % status.st_uid
-        if status.st_mode & stat.S_IWOTH:
-            return "can be written by every user (chmod o-w it)"
-        if folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX:
-            return "stands in a folder that every user can write (chmod o-w the folder)"
+        folder = os.stat(os.path.dirname(path))
+        if os.path.exists(path):
+            status = os.stat(path)
+            if status.st_uid != os.geteuid():
+                return "belongs to another user (uid %d)" % status.st_uid
+            if status.st_mode & stat.S_IWOTH:
+                return "can be written by every user (chmod o-w it)"
+        # Sticky or not: SQLite replays a journal that somebody has planted beside the file.
+        if folder.st_mode & stat.S_IWOTH:
+            return "stands in a folder that every user can write (move it into one of your own, " \
+                "such as %s)" % (default_folder() or os.path.expanduser("~"))
+        if folder.st_uid not in (os.geteuid(), 0):
+            return "stands in a folder of another user (uid %d; move it into one of your own)" \
+                % folder.st_uid
         return None
 
-    # A worker's lock is a record lock (fcntl), which a fork does not inherit, so that no
-    # child of a dead worker can make it look alive. Closing any descriptor of the file drops
-    # it: a process never asks about its own.
+    # A record lock (fcntl) is not inherited by a fork, so that no child of a dead process can
+    # make it look alive. Closing any descriptor of the file drops it: a process never opens a
+    # lock file that it holds itself.
 
     _held: dict[str, int] = {}  # path: the process that holds it
 
-    def hold(path: str) -> int:
-        """Create `path` and lock it for as long as this process lives."""
-        _held[path] = os.getpid()
+    def hold(path: str, patience: float = math.inf) -> int:
+        """Lock a file, which is created if need be, until release() or the end of this process.
+        Waits up to `patience` seconds for who has it; BlockingIOError."""
+        until = time.monotonic() + patience
         while True:
-            fd = create_file(path)
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if same_file(fd, path):
-                    return fd
-            except BlockingIOError:  # someone looks whether it can be swept: for an instant
-                time.sleep(0.001)
-            os.close(fd)
+            if _held.get(path) != os.getpid():
+                fd = create_file(path)
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if same_file(fd, path):  # not one that has just been removed
+                        _held[path] = os.getpid()
+                        return fd
+                os.close(fd)
+            if time.monotonic() >= until:
+                raise BlockingIOError
+            time.sleep(0.002)
 
     def release(path: str, fd: int) -> None:
         """Remove a lock of this process, so that it looks as dead as it will be."""
@@ -964,7 +994,7 @@ else:
 
     def is_held(path: str) -> bool:
         """Whether a living process holds the lock. Asks with a shared lock, so that two
-        who ask never see each other."""
+        who ask never see each other. QueueError for whom one may not ask."""
         if _held.get(path) == os.getpid():
             return True
         try:
@@ -972,7 +1002,9 @@ else:
         except FileNotFoundError:
             return False
         except PermissionError:
-            return True  # never call dead whom one cannot ask
+            owner = os.stat(os.path.dirname(path)).st_uid
+            raise QueueError("only the user who runs the workers (uid %d) can see which of them "
+                             "are alive, and stop them" % owner) from None
         try:
             fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
@@ -981,79 +1013,34 @@ else:
         finally:
             os.close(fd)
 
-    def sweep(path: str) -> bool:
-        """Unlink a lock file that nobody holds; False if somebody does."""
-        if _held.get(path) == os.getpid():
-            return False
-        try:
-            fd = os.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            return True
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if same_file(fd, path):
-                os.unlink(path)
-            return True
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(fd)
+    class RunLock:
+        """The flock that the process tree of each run of one worker inherits. Its file also
+        records the leader of the run's process group, for rescuers (end_tree).
 
-    @contextlib.contextmanager
-    def exclusive(path: str) -> Iterator[None]:
-        """One process at a time; the others wait for half a minute. (flock is inherited: start
-        what outlives this with the descriptor closed, as subprocess does.) QueueError."""
-        fd, until = create_file(path), time.monotonic() + 30
-        try:
+        Two files take turns: the one of the last run stays as it is until that is settled. The
+        other one's run has been: where somebody in the background still holds it, it is
+        replaced."""
+
+        def __init__(self, prefix: str) -> None:
+            self._paths = [prefix + ".run0", prefix + ".run1"]  # the next one first
+            self.fd = -1
+
+        def renew(self) -> str:
+            """Lock for a new run, with an open file description that no tree shares yet; the
+            name of the file. OSError."""
+            path = self._paths[0]
             while True:
+                fd = create_file(path)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise QueueError("another process has held %s for 30 s" % path) from None
-                    time.sleep(0.02)
-            yield
-        finally:
-            os.close(fd)
-
-    class RunLock:
-        """The flock that the process tree of each run of one worker inherits.
-
-        One file serves run after run: only where a background child of an earlier job
-        still holds it does the next run get a file of its own. The file also records the
-        leader of the run's process group, for rescuers (end_tree)."""
-
-        def __init__(self, prefix: str) -> None:
-            self._prefix = prefix
-            self._number = 0
-            self._left: list[str] = []  # files whose run ended, and that its tree still locks
-            self.fd = -1
-
-        @property
-        def _path(self) -> str:
-            return "%s.%d" % (self._prefix, self._number)
-
-        @property
-        def name(self) -> str:
-            return os.path.basename(self._path)
-
-        def renew(self) -> None:
-            """Lock for a new run, with an open file description that no tree shares yet."""
-            self.close()
-            while self._left:  # their runs have been settled by now
-                remove(self._left.pop())
-            while True:
-                fd = create_file(self._path)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
                     os.close(fd)
-                    self._left.append(self._path)
-                    self._number += 1
-                    continue
-                self.fd = fd
-                return
+                    remove(path)
+            self.close()
+            self.fd = fd
+            self._paths.reverse()
+            return os.path.basename(path)
 
         def close(self) -> None:
             if self.fd >= 0:
@@ -1063,147 +1050,130 @@ else:
         def discard(self) -> None:
             """Remove its files, once every run is settled."""
             self.close()
-            for path in self._left + [self._path]:
+            for path in self._paths:
                 remove(path)
 
-        def record(self, run: int, pid: int) -> None:
-            """Write down who leads the run's process group. Should the disk be full, the
-            lock still tells the tree."""
+        def record(self, run: int, pid: int, before: float) -> None:
+            """Write down who leads the run's process group, and between which two moments it
+            was started (`before` is boot_clock() just before the spawn). At once: who has closed
+            his descriptors can be known only by this. Should the disk be full, the lock and
+            the environment still tell the tree."""
             with contextlib.suppress(OSError):
-                os.pwrite(self.fd, ("%d %s" % (run, identify(pid))).ljust(200).encode(), 0)
+                os.pwrite(self.fd, ("%d %d %.3f %.3f %s" % (
+                    run, pid, before, boot_clock(), _this_boot())).ljust(200).encode(), 0)
 
-    _here: list[str] = []
+    # What is left of a run whose worker is dead? Three proofs tell, each of which a process may
+    # have shaken off: the run's lock, which its tree inherits; its process group; and in its
+    # environment the name of the run. A number proves nothing by itself: it may have been given
+    # to a stranger since. So the group counts only if its leader was started when the record
+    # says, or if one of its members is proven otherwise. Who is in the group of a dead leader and
+    # has shaken off the rest may be of the run: he is not killed, and the job does not run again.
 
-    def _this_boot() -> list[str]:
+    CLOCK_TICKS = os.sysconf("SC_CLK_TCK")  # a second, in /proc/PID/stat
+    START_TICK = 1 / CLOCK_TICKS if sys.platform == "linux" else 1.0  # seconds; ps knows no less
+
+    def boot_clock() -> float:
+        """The clock of the start times of processes, in seconds: see proc(5), starttime."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.time()
+
+    @functools.lru_cache(maxsize=1)
+    def _this_boot() -> str:
         """The boot and the pid namespace in which a process number means something."""
-        if not _here:
-            try:
-                with open("/proc/sys/kernel/random/boot_id") as file:
-                    _here[:] = [file.read().strip(), os.readlink("/proc/self/ns/pid")]
-            except OSError:
-                _here[:] = [os.popen("sysctl -n kern.bootsessionuuid 2>/dev/null").read().strip()
-                            or "unknown", "host"]
-        return _here
+        try:
+            with open("/proc/sys/kernel/random/boot_id") as file:
+                return file.read().strip() + " " + os.readlink("/proc/self/ns/pid")
+        except OSError:
+            return (os.popen("sysctl -n kern.bootsessionuuid 2>/dev/null").read().strip()
+                    or "unknown") + " host"
 
-    def _processes() -> Iterator[tuple[int, int, str, str]]:
-        """(pid, process group, state, start time) of every process that can be seen."""
-        if sys.platform == "linux":
-            for name in os.listdir("/proc"):
-                if name.isdigit():
-                    found = _process(int(name))
-                    if found:
-                        yield found
-        else:
+    def _processes() -> Iterator[tuple[int, int, float]]:
+        """(pid, process group, start by boot_clock()) of every process that can be seen and is
+        not dead. Starts are cut to START_TICK."""
+        if sys.platform != "linux":
             with os.popen("ps -axo pid=,pgid=,stat=,lstart=") as table:
                 for line in table:
                     pid, group, state, start = line.split(None, 3)
-                    yield int(pid), int(group), state[0], "_".join(start.split())
+                    if state[0] != "Z":
+                        yield int(pid), int(group), time.mktime(time.strptime(start.strip()))
+            return
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            # The name, in parentheses, may hold anything. After it: state, ppid, pgrp, ...
+            # starttime is the 22nd field of proc(5).
+            fields = _read("/proc/%s/stat" % name).rpartition(b")")[2].split()
+            if fields and fields[0] not in b"ZX":
+                yield int(name), int(fields[2]), int(fields[19]) / CLOCK_TICKS
 
-    def _process(pid: int) -> tuple[int, int, str, str] | None:
-        if sys.platform == "linux":
+    def _read(path: str) -> bytes:
+        """What is in a file of /proc; nothing where that is over or not ours to know."""
+        try:
+            with open(path, "rb", 0) as file:
+                return file.read()
+        except OSError:
+            return b""
+
+    def _holds(pid: int, lock: os.stat_result) -> bool:
+        """Whether the process holds the flock of that file (Linux). To have it open is not
+        enough: other rescuers do, for an instant."""
+        with contextlib.suppress(OSError):
+            for fd in os.listdir("/proc/%d/fd" % pid):
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(lock, os.stat("/proc/%d/fd/%s" % (pid, fd))):
+                        info = _read("/proc/%d/fdinfo/%s" % (pid, fd))
+                        if b"FLOCK  ADVISORY  WRITE" in info:
+                            return True
+        return False
+
+    def _tree(path: str, run: int, name: str) -> tuple[list[int], str | None]:
+        """(processes, doubt) of a run that its worker has left behind: who is proven to be of
+        it, and otherwise who is alive and may be. Both empty: its tree is gone."""
+        lock, record, doubt = None, [], None
+        with contextlib.suppress(FileNotFoundError):  # then the environment alone tells
+            fd = os.open(path, os.O_RDONLY)
             try:
-                fd = os.open("/proc/%d/stat" % pid, os.O_RDONLY)
-            except OSError:
-                return None
-            try:
-                # The name, in parentheses, may hold anything. After it: state, ppid, pgrp, ...
-                # starttime is the 22nd field of proc(5).
-                fields = os.read(fd, 4096).rpartition(b")")[2].split()
-                return pid, int(fields[2]), fields[0].decode(), fields[19].decode()
-            except (OSError, IndexError):
-                return None
+                record = os.read(fd, 200).decode("ascii", "replace").split()
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock, doubt = os.fstat(fd), "a process that holds %s" % path
             finally:
                 os.close(fd)
-        return next((found for found in _processes() if found[0] == pid), None)
+        leader, before, after = -1, 0.0, 0.0
+        if record[:1] == [str(run)] and " ".join(record[4:]) == _this_boot():
+            leader, before, after = int(record[1]), float(record[2]), float(record[3])
+        mark = (RUN_VARIABLE + "=" + name).encode()
+        proven, group, ours = [], [], False
+        for pid, of_group, start in _processes():
+            if mark in _read("/proc/%d/environ" % pid).split(b"\0") \
+                    or lock is not None and _holds(pid, lock):
+                proven.append(pid)
+                ours |= of_group == leader
+            elif of_group == leader:
+                group.append(pid)
+                if pid == leader:
+                    if not before - START_TICK <= start <= after:
+                        leader, group = -1, []  # the number has been given to a stranger
+                    else:
+                        ours = True
+        if ours:
+            return proven + group, None
+        if group:
+            doubt = "process %d of its group" % group[0]
+        return proven, None if proven else doubt
 
-    def identify(pid: int) -> str:
-        """What proves later that a process group is still the one that `pid` leads now."""
-        found = _process(pid)
-        return " ".join([str(pid), found[3] if found else "?"] + _this_boot())
-
-    def _holders(path: str) -> list[int]:
-        """The processes that hold the flock of the file, as far as they can be seen (Linux).
-        To have it open is not enough: other rescuers do, for an instant."""
-        found = []
-        with contextlib.suppress(OSError):
-            wanted = os.stat(path)
-            for pid in filter(str.isdigit, os.listdir("/proc")):
-                with contextlib.suppress(OSError):
-                    for fd in os.listdir("/proc/%s/fd" % pid):
-                        with contextlib.suppress(OSError):
-                            if not os.path.samestat(wanted, os.stat("/proc/%s/fd/%s" % (pid, fd))):
-                                continue
-                            with open("/proc/%s/fdinfo/%s" % (pid, fd)) as info:
-                                if "FLOCK  ADVISORY  WRITE" in info.read():
-                                    found.append(int(pid))
-                                    break
-        return found
-
-    def _runs_job(pid: int, job: str) -> bool:
-        """Whether the process was started with the environment of that job (Linux)."""
-        try:
-            with open("/proc/%d/environ" % pid, "rb") as file:
-                return b"QUEUECTL_JOB_ID=" + job.encode() in file.read().split(b"\0")
-        except OSError:
-            return False
-
-    def _tree(path: str, run: int, job: str) -> tuple[list[int], int | None, str | None]:
-        """(processes, group, doubt) of a dead worker's run. All empty: its tree is gone.
-
-        The processes and the group are proven to be the run's. `doubt` names what is alive
-        and may be of the run, but cannot be proven to be."""
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return [], None, None
-        try:
-            recorded = os.read(fd, 200).decode("ascii", "replace").split()
-            if len(recorded) != 5 or recorded[0] != str(run) or recorded[3:] != _this_boot():
-                # Killed between spawn and record, or its group cannot be seen from here, be it
-                # that the machine or the container is another: the lock alone decides.
-                recorded = []
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                holders, doubt = [], None
-            except BlockingIOError:
-                holders, doubt = _holders(path), "a process that holds %s" % path
-        finally:
-            os.close(fd)
-        if not recorded:
-            return holders, None, None if holders else doubt
-        leader, start = int(recorded[1]), recorded[2]
-        members = [found for found in _processes()
-                   if found[1] == leader and found[2] not in "ZX"]
-        if not members:
-            return holders, None, None if holders else doubt
-        first = _process(leader)
-        if first and first[3] != start:
-            return holders, None, None if holders else doubt  # the number has been reused
-        if first or any(found[0] in holders or _runs_job(found[0], job) for found in members):
-            return holders, leader, None
-        return holders, None, "process %d of its group" % members[0][0]
-
-    def end_tree(path: str, run: int, job: str, patient: bool = True) -> str | None:
-        """End what is left of a dead worker's run, whose RunLock is at `path`. None
-        once it is gone; otherwise who seems to be left, whom nothing proves to be its. It takes
-        up to 0.8 s, or one look where not `patient`.
+    def end_tree(path: str, run: int, name: str) -> tuple[list[int], str | None]:
+        """Kill what is left of a dead worker's run, whose RunLock is at `path` and whose
+        processes have RUN_VARIABLE set to `name`: (who is dying now, who else is alive and may
+        be of the run). Both empty: it is gone. Does not wait: look again, soon.
 
         Ends with SIGKILL: nobody is left who could record a result, and the job waits."""
-        for pause in (0, 1, 2, 5, 10, 20, 50, 100, 200, 400):  # ms for the dead to be reaped
-            if pause and not patient:
-                break
-            time.sleep(pause / 1000)
-            processes, group, doubt = _tree(path, run, job)
-            if not processes and group is None and doubt is None:
-                return None
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if group is not None:
-                    os.killpg(group, signal.SIGKILL)
-            for pid in processes:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-        # What is dying shows its files no more, but holds its flock: a doubt may pass.
-        return doubt or "process %d, which does not die" % (processes or [group or 0])[0]
+        processes, doubt = _tree(path, run, name)
+        for pid in processes:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            except PermissionError:
+                doubt = "process %d, which belongs to another user," % pid
+        return processes, doubt
 
     # A line of nothing but words needs no shell, which would only run what they name; make
     # does the same. Not so where the first word means something to a shell: it is a builtin
@@ -1230,18 +1200,20 @@ else:
         knows no folder, so this process itself goes to the job's."""
 
         def __init__(self, command: str, cwd: str | None, env: Mapping[str, str],
-                     lock: RunLock) -> None:
-            """OSError where the folder or the shell does not let us in."""
+                     lock: RunLock, run: int) -> None:
+            """OSError where the folder (which it names) or the machine does not let us."""
             self.fd, output = os.pipe()
             self._status: int | None = None
-            target = LOCK_FD if lock.fd != LOCK_FD else LOCK_FD + 1  # dup2 to itself keeps CLOEXEC
+            target = LOCK_FD if lock.fd != LOCK_FD else LOCK_FD - 1  # dup2 to itself keeps CLOEXEC
             try:
                 os.set_blocking(self.fd, False)
                 os.chdir(cwd or os.sep)
+                before = boot_clock()
                 self.pid = self._spawn(command, env, (
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2),
                     (os.POSIX_SPAWN_DUP2, lock.fd, target)))
+                lock.record(run, self.pid, before)
             except BaseException:
                 os.close(self.fd)
                 raise
@@ -1277,10 +1249,11 @@ else:
 
         def reap(self) -> tuple[int | None, int | None]:
             """(exit code, signal) of the ended leader; one of them is None."""
-            status = os.waitpid(self.pid, 0)[1] if self._status is None else self._status
-            if os.WIFSIGNALED(status):
-                return None, os.WTERMSIG(status)
-            return os.WEXITSTATUS(status), None
+            if self._status is None:
+                self._status = os.waitpid(self.pid, 0)[1]
+            if os.WIFSIGNALED(self._status):
+                return None, os.WTERMSIG(self._status)
+            return os.WEXITSTATUS(self._status), None
 
         def terminate(self, force: bool) -> None:
             """SIGTERM, or by force SIGKILL, to the whole process group."""
@@ -1289,86 +1262,56 @@ else:
                 if not force:
                     os.killpg(self.pid, signal.SIGCONT)  # a stopped process cannot hear TERM
 
-        def tree_alive(self) -> bool:
-            """Whether the reaped leader's group has a live member. Its number stays taken
-            while it has any member, so a quick look first; then zombies do not count."""
+        def survivors(self) -> list[int]:
+            """The live members of its group. The group's number stays taken while it has any,
+            zombies too, so a quick look first."""
             try:
                 os.killpg(self.pid, 0)
             except ProcessLookupError:
-                return False
+                return []
             except PermissionError:
                 pass
-            return any(found[1] == self.pid and found[2] not in "ZX" for found in _processes())
+            return [pid for pid, group, _ in _processes() if group == self.pid]
 
         def close(self) -> None:
+            """Let go of it, whether it has been reaped or not."""
+            if self._status is None:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(self.pid, os.WNOHANG)
+
+    def unreadable(path: str, opened: bool) -> bool:
+        """Whether the disk fails to read a file. Where this process has it `opened`, it is read
+        by that descriptor: to open and close another one would drop SQLite's locks."""
+        try:
+            wanted = os.stat(path)
+            fds = map(int, os.listdir("/dev/fd")) if opened else [os.open(path, os.O_RDONLY)]
+        except OSError:
+            return False
+        for fd in fds:
+            try:
+                start = 0
+                while os.path.samestat(wanted, os.fstat(fd)):
+                    data = os.pread(fd, 2 ** 20, start)
+                    start += len(data)
+                    if not data:
+                        break
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    return True
+            finally:
+                if not opened:
+                    os.close(fd)
+        return False
+
+    def not_ours(pid: int) -> bool:
+        """Whether that process may not be signalled: it has become another user's (setuid)."""
+        try:
+            os.kill(pid, 0)
+        except PermissionError:
+            return True
+        except ProcessLookupError:
             pass
-
-    class Fork:
-        """What we use of multiprocessing's context "fork", whose import takes 10 ms and 2 MB."""
-
-        class Process:
-            """A fork that runs target(*args), whose SystemExit tells its exit code."""
-
-            def __init__(self, target: Callable[..., None], args: Sequence[Any]) -> None:
-                self._target, self._args = target, args
-                self._code: int | None = None
-
-            def start(self) -> None:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                self.pid = os.fork()
-                if not self.pid:
-                    code = 1
-                    try:
-                        self._target(*self._args)
-                    except SystemExit as stop:
-                        code = int(stop.code or 0)
-                    except BaseException:
-                        sys.excepthook(*sys.exc_info())
-                        sys.stderr.flush()
-                    finally:
-                        os._exit(code)
-
-            @property
-            def exitcode(self) -> int | None:
-                """None while it runs; minus the number of the signal that killed it."""
-                if self._code is None:
-                    pid, status = os.waitpid(self.pid, os.WNOHANG)
-                    if pid:
-                        self._code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) \
-                            else os.WEXITSTATUS(status)
-                return self._code
-
-        class End:
-            """One end of a pipe."""
-
-            def __init__(self, fd: int) -> None:
-                self._fd = fd
-
-            def fileno(self) -> int:
-                return self._fd
-
-            def poll(self) -> bool:
-                look = select.poll()
-                look.register(self._fd, select.POLLIN)
-                return bool(look.poll(0))
-
-            def recv_bytes(self) -> bytes:
-                data = os.read(self._fd, 1)
-                if not data:
-                    raise EOFError
-                return data
-
-            def send_bytes(self, data: bytes) -> None:
-                os.write(self._fd, data)
-
-            def close(self) -> None:
-                os.close(self._fd)
-
-        @classmethod
-        def Pipe(cls, duplex: bool) -> tuple[End, End]:
-            reader, writer = os.pipe()
-            return cls.End(reader), cls.End(writer)
+        return False
 
     class Bell:
         """A FIFO that wakes its owner. A byte is a hint only, and may be lost."""
@@ -1434,17 +1377,25 @@ else:
                 self.forget()
             return ready
 
-    def clean_slate() -> None:
-        """Hear every signal, and let spawned commands find no descriptor of ours but the standard
-        ones. (Were SIGCHLD left ignored, as it may be inherited, the kernel would reap the jobs
-        and `exit 3` would read as success.)"""
-        for fd in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError):
-                os.set_inheritable(int(fd), int(fd) < 3)
+    def reset_signals() -> None:
+        """Hear every signal. (Were SIGCHLD left ignored, as it may be inherited, the kernel would
+        reap the jobs and `exit 3` would read as success.)"""
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.signal(signal.SIGCHLD, lambda signum, frame: None)
 
-    def bury_strangers(ours: set[int]) -> None:
+    def close_inherited() -> None:
+        """Close all but the standard descriptors: a worker has those of its supervisor, and of
+        who started that, and its jobs should not find any of them."""
+        try:
+            fds = [int(fd) for fd in os.listdir("/dev/fd")]
+        except OSError:
+            fds = list(range(os.sysconf("SC_OPEN_MAX")))[:4096]
+        for fd in fds:
+            if fd > 2:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+
+    def reap_strangers(ours: set[int]) -> None:
         """As the first process of a container, reap what others have left behind."""
         with contextlib.suppress(ChildProcessError, AttributeError):
             while True:
@@ -1457,8 +1408,6 @@ else:
         """Whether some bytes can be written without waiting for longer than `timeout` seconds."""
         return bool(select.select((), (fd,), (), timeout)[1])
 
-    give_way, read_at, write_at = os.sched_yield, os.pread, os.pwrite
-
 
 # -- schema -------------------------------------------------------------------------------
 #
@@ -1466,16 +1415,12 @@ else:
 # repeat an index's predicate word for word, or SQLite reads the whole table in silence.
 
 APPLICATION_ID = 0x71756575  # "queu"; what marks a database file as ours
-WAL_LIMIT = 16 * 1024 ** 2  # bytes of -wal from which on somebody checkpoints it
+WAL_LIMIT = 4 * 1024 ** 2  # bytes of -wal from which on a supervisor checkpoints it
 DUE_BATCH = 500  # jobs that one transaction moves from later to ready
-PRUNE_BATCH = 200  # jobs that one transaction deletes
+PRUNE_BATCH = 250  # jobs that one transaction deletes
 VACUUM_STEP = 256  # free pages that one transaction gives back
 
-_INDEXES = (  # in the order of seq, too, which ends each entry
-    "CREATE INDEX jobs_ready ON jobs (queue, priority DESC) WHERE hold = 0",
-    "CREATE INDEX jobs_waiting ON jobs (hold, run_after, queue) WHERE hold > 0",
-    "CREATE INDEX jobs_ended ON jobs (state, queue) WHERE hold = -2",
-)
+_NEXT = "CREATE INDEX jobs_next ON jobs (priority DESC) WHERE hold = 0"
 _RUNS = (
     """CREATE TABLE runs (
         run INTEGER PRIMARY KEY,                -- never used twice; see START_RUN
@@ -1488,10 +1433,22 @@ _RUNS = (
         exit_code INTEGER,
         signal INTEGER,
         outcome TEXT,                           -- NULL while it runs
-        error TEXT,
-        output BLOB)""",
+        error TEXT)""",
     "CREATE INDEX runs_open ON runs (worker, job) WHERE outcome IS NULL",  # = processing jobs
+    # What is kept of what a run has printed, in pieces: `start` counts bytes from 0.
+    "CREATE TABLE output (run INTEGER, start INTEGER, data BLOB, PRIMARY KEY (run, start))"
+    " WITHOUT ROWID",
 )
+_QUEUES = """CREATE TABLE queues (              -- what somebody has said of a queue
+    queue TEXT PRIMARY KEY, paused INTEGER NOT NULL DEFAULT 0, job_limit INTEGER) WITHOUT ROWID"""
+_WORKERS = """CREATE TABLE workers (
+    name TEXT PRIMARY KEY,                      -- names its lock and its bell, too
+    supervisor TEXT NOT NULL,
+    slot INTEGER NOT NULL,                      -- 1 ... N; 0: the supervisor itself
+    count INTEGER NOT NULL,                     -- of a supervisor: its N
+    pid INTEGER NOT NULL,
+    queues TEXT,                                -- a JSON array; NULL: every queue
+    started_at TEXT NOT NULL) WITHOUT ROWID"""
 SCHEMA = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- first in, first out
@@ -1517,41 +1474,33 @@ SCHEMA = (
         unmet INTEGER NOT NULL DEFAULT 0,       -- how many of `after` have not completed
         cancel INTEGER NOT NULL DEFAULT 0,      -- the worker is asked to end it
         run INTEGER)                            -- its current or last run; NULL: none yet""",
-    *_INDEXES,
+    # In the order of seq, too, which ends each entry of an index.
+    "CREATE INDEX jobs_ready ON jobs (queue, priority DESC) WHERE hold = 0",
+    _NEXT,
+    "CREATE INDEX jobs_waiting ON jobs (hold, run_after, queue) WHERE hold > 0",
+    "CREATE INDEX jobs_ended ON jobs (state, queue) WHERE hold = -2",
     *_RUNS,
     # The unique keys of the jobs that have not ended.
     "CREATE TABLE keys (key TEXT PRIMARY KEY, job INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE deps (job INTEGER, needs INTEGER, PRIMARY KEY (job, needs)) WITHOUT ROWID",
     "CREATE INDEX deps_needs ON deps (needs)",
-    """CREATE TABLE workers (
-        name TEXT PRIMARY KEY,                  -- names its lock and its bell, too
-        supervisor TEXT NOT NULL,
-        slot INTEGER NOT NULL,                  -- 1 ... N; 0: the supervisor itself
-        count INTEGER NOT NULL,                 -- of a supervisor: its N
-        pid INTEGER NOT NULL,
-        queues TEXT,                            -- a JSON array; NULL: every queue
-        started_at TEXT NOT NULL,
-        stop INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID""",
-    "CREATE TABLE paused (queue TEXT PRIMARY KEY) WITHOUT ROWID",
+    _WORKERS, _QUEUES,
     "CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE stats (                     -- runs that ended, by the minute
         minute INTEGER, queue TEXT, outcome TEXT, runs INTEGER, seconds REAL,
         PRIMARY KEY (minute, queue, outcome)) WITHOUT ROWID""",
     "INSERT INTO config VALUES ('database_id', lower(hex(randomblob(16))))",
 )
-VERSION = 2  # of this schema: PRAGMA user_version
-UPGRADES = {  # from the version before
-    2: ("ALTER TABLE runs RENAME TO old_runs", "DROP INDEX runs_open", *_RUNS, """
-        INSERT INTO runs
-            SELECT run, job, (SELECT max(run) FROM old_runs AS earlier
-                              WHERE earlier.job = old_runs.job AND earlier.run < old_runs.run),
-                worker, lock, started_at, finished_at, exit_code, signal, outcome, error, output
-            FROM old_runs""",
-        "INSERT INTO config SELECT 'last_run', seq FROM sqlite_sequence WHERE name = 'old_runs'",
-        "DROP TABLE old_runs", "DROP INDEX jobs_ready", "DROP INDEX jobs_waiting",
-        "DROP INDEX jobs_ended", """
-        UPDATE jobs SET hold = CASE state WHEN 'processing' THEN -1 ELSE -2 END
-            WHERE state != 'pending'""", *_INDEXES),
+VERSION = 3  # of this schema: PRAGMA user_version
+UPGRADES = {  # from the version before. (Version 1 was never out.)
+    3: ("ALTER TABLE runs RENAME TO old_runs", "DROP INDEX runs_open", *_RUNS, """
+        INSERT INTO runs SELECT run, job, previous, worker, lock, started_at, finished_at,
+            exit_code, signal, outcome, error FROM old_runs""", """
+        INSERT INTO output SELECT run, 0, output FROM old_runs WHERE length(output) > 0""",
+        "DROP TABLE old_runs",
+        _QUEUES, "INSERT INTO queues (queue, paused) SELECT queue, 1 FROM paused",
+        "DROP TABLE paused",
+        "DROP TABLE workers", _WORKERS, _NEXT),
 }
 
 # What `list --state` accepts, as a set of jobs that an index can enumerate.
@@ -1587,20 +1536,65 @@ SELECT_RUNS = """
     SELECT run, worker, started_at, finished_at, exit_code, signal, outcome, error
     FROM runs WHERE run IN (%s) ORDER BY run""" % RUNS_OF_JOB
 
-INSERT_JOB = """
-    INSERT INTO jobs (id, command, queue, priority, max_retries, timeout, hold, run_after,
-                      cwd, env, after, unique_key, created_at, updated_at)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-ID, QUEUE, HOLD, AFTER, KEY = 0, 2, 6, 10, 11  # where these stand among its parameters
-MANY = 50  # jobs by one statement: 0.6 x the time; SQLite before 3.32 takes 999 parameters
-INSERT_MANY_JOBS = INSERT_JOB + (MANY - 1) * (", " + INSERT_JOB.rpartition("VALUES ")[2])
+# Jobs come in by way of temporary tables, which SQLite keeps in memory or on disk, as they are
+# large, and go into `jobs` as sets: see Queue.enqueue_from.
+_COLUMNS = """id, command, queue, priority, max_retries, timeout, hold, run_after, cwd, env, after,
+    unique_key, created_at, updated_at"""
+INCOMING = (
+    """CREATE TEMP TABLE IF NOT EXISTS incoming (
+        %s, chosen, place,                      -- whether the caller chose the id; for errors
+        number INTEGER PRIMARY KEY, instead TEXT)""" % _COLUMNS,
+    "CREATE TEMP TABLE IF NOT EXISTS needed (number INTEGER, id TEXT)",
+    "DELETE FROM temp.incoming", "DELETE FROM temp.needed",
+)
+ADD_INCOMING = "INSERT INTO temp.incoming (%s, chosen, place, number) VALUES (%s)" % (
+    _COLUMNS, ", ".join("?" * (_COLUMNS.count(",") + 4)))
+# The id of the job that has a row's unique key: one in the queue, or an earlier one of these.
+KEYS_TAKEN = (
+    """UPDATE temp.incoming SET instead = (
+        SELECT jobs.id FROM keys JOIN jobs ON seq = job WHERE key = incoming.unique_key)
+    WHERE unique_key IS NOT NULL""",
+    """UPDATE temp.incoming SET instead = (
+        SELECT id FROM (SELECT unique_key, id, min(number) AS first FROM temp.incoming
+                        WHERE unique_key IS NOT NULL GROUP BY unique_key) AS own
+        WHERE own.unique_key = incoming.unique_key AND first < number)
+    WHERE unique_key IS NOT NULL AND instead IS NULL""",
+)
+NOT_STORED = """
+    SELECT instead, unique_key FROM temp.incoming WHERE instead IS NOT NULL ORDER BY number"""
+IDS_TAKEN = """
+    SELECT number, id, chosen, place FROM temp.incoming WHERE instead IS NULL
+        AND (id IN (SELECT id FROM jobs)
+             OR id IN (SELECT id FROM temp.incoming WHERE instead IS NULL
+                       GROUP BY id HAVING count(*) > 1))
+    ORDER BY number"""
+STORE_INCOMING = """
+    INSERT INTO jobs (%s) SELECT %s FROM temp.incoming WHERE instead IS NULL
+    ORDER BY number""" % (_COLUMNS, _COLUMNS)
+LAST_SEQ = "SELECT ifnull((SELECT seq FROM sqlite_sequence WHERE name = 'jobs'), 0)"
 ACTIVE_WITH_KEY = "SELECT id FROM keys JOIN jobs ON seq = job WHERE key = :key"
-TAKE_KEY = "INSERT INTO keys SELECT unique_key, seq FROM jobs WHERE id = :id"
+TAKE_KEYS = """
+    INSERT INTO keys SELECT unique_key, seq FROM jobs
+    WHERE seq > :last AND unique_key IS NOT NULL"""
+TAKE_KEY = "INSERT INTO keys VALUES (:key, :seq)"
 FREE_KEY = "DELETE FROM keys WHERE key = :key AND job = :seq"
+_NEEDED = """
+    FROM temp.needed JOIN temp.incoming USING (number) JOIN jobs ON jobs.id = incoming.id
+    LEFT JOIN jobs AS need ON need.id = needed.id WHERE instead IS NULL"""
+NOT_THERE = "SELECT place, needed.id" + _NEEDED + " AND need.seq IS NULL ORDER BY number LIMIT 1"
+ADD_NEEDS = "INSERT OR IGNORE INTO deps SELECT jobs.seq, need.seq" + _NEEDED
 COUNT_UNMET = """
-    UPDATE jobs SET unmet = :unmet, hold = CASE WHEN :unmet > 0 THEN 3
-        WHEN run_after > :now THEN 1 ELSE 0 END
-    WHERE seq = :seq"""
+    UPDATE jobs SET unmet = (SELECT count(*) FROM deps JOIN jobs AS need ON need.seq = needs
+                             WHERE job = jobs.seq AND need.state != 'completed')
+    WHERE seq > :last AND after IS NOT NULL"""
+HOLD_NEW = """
+    UPDATE jobs SET hold = CASE WHEN run_after > :now THEN 1 ELSE 0 END
+    WHERE seq > :last AND after IS NOT NULL AND unmet = 0"""
+# A circle can only be among new jobs, and only where one of them names itself or a later one.
+NEW_NEEDS = """
+    SELECT job, needs FROM deps WHERE job > :last AND needs > :last
+        AND EXISTS (SELECT 1 FROM deps WHERE job > :last AND needs >= job)"""
+NEW_QUEUES = "SELECT DISTINCT queue FROM jobs WHERE seq > :last AND hold IN (0, 1)"
 MEET_DEPENDANTS = """
     UPDATE jobs SET unmet = unmet - 1,
         updated_at = CASE state WHEN 'pending' THEN :at ELSE updated_at END,
@@ -1608,8 +1602,7 @@ MEET_DEPENDANTS = """
             ELSE 0 END
     WHERE seq IN (SELECT job FROM deps WHERE needs = :seq)"""
 READY_DEPENDANTS = """
-    SELECT queue, count(*) FROM deps JOIN jobs ON seq = job WHERE needs = :seq AND hold IN (0, 1)
-    GROUP BY queue"""
+    SELECT DISTINCT queue FROM deps JOIN jobs ON seq = job WHERE needs = :seq AND hold IN (0, 1)"""
 BLOCKERS = """
     SELECT id, state FROM jobs JOIN deps ON deps.needs = jobs.seq
     WHERE deps.job = :seq AND +state != 'completed'
@@ -1622,47 +1615,56 @@ IS_STUCK = """
               WHERE unmet > 0)
     SELECT 1 FROM needed JOIN jobs USING (seq) WHERE state IN ('dead', 'cancelled') LIMIT 1"""
 
+# Later jobs. No retry has to wait for longer than backoff_max, whatever clock it was stamped by.
+_LONGEST = ":now + ifnull((SELECT CAST(value AS REAL) FROM config WHERE key = 'backoff_max'), %r)" \
+    % SETTINGS["backoff_max"].default
 IS_DUE = """
-    SELECT 1 FROM jobs WHERE hold > 0 AND hold IN (1, 2) AND run_after <= :now"""
+    SELECT 1 FROM jobs WHERE hold > 0 AND hold IN (1, 2) AND run_after <= :now
+    UNION ALL SELECT 1 FROM jobs WHERE hold > 0 AND hold = 2 AND run_after > """ + _LONGEST
+CAP_RETRIES = """
+    UPDATE jobs SET run_after = %s WHERE seq IN (
+        SELECT seq FROM jobs WHERE hold > 0 AND hold = 2 AND run_after > %s
+        LIMIT %d)""" % (_LONGEST, _LONGEST, DUE_BATCH)
 MOVE_DUE = """
     UPDATE jobs SET hold = 0 WHERE seq IN (
         SELECT seq FROM jobs WHERE hold > 0 AND hold IN (1, 2) AND run_after <= :now
         LIMIT %d)""" % DUE_BATCH
 NEXT_DUE = """
-    SELECT min(run_after) FROM (
+    SELECT CASE WHEN EXISTS (%s) THEN :now ELSE min(run_after) END FROM (
         SELECT * FROM (SELECT run_after FROM jobs WHERE hold > 0 AND hold = 1
                        ORDER BY run_after LIMIT 1)
         UNION ALL
         SELECT * FROM (SELECT run_after FROM jobs WHERE hold > 0 AND hold = 2
-                       ORDER BY run_after LIMIT 1))"""
-# The best ready job of each queue, and of those the best: a seek per queue, however many
-# jobs stand in any of them. The queues are skipped through, or are this worker's own. What
-# else a claim needs to know comes along: a statement costs more than what it asks for here.
+                       ORDER BY run_after LIMIT 1))""" % IS_DUE
+
+# The next job of all is the first of jobs_next. Only where its queue may not go on (`held`), or
+# where a worker serves certain queues, are the best ones of each queue compared: a seek per
+# queue, however many jobs stand in any of them. What else a claim needs to know comes along: a
+# statement costs more than what it asks for here.
 RUN_SETTINGS = ("job_timeout", "kill_grace", "output_limit")
+PAUSED = "SELECT queue FROM queues WHERE paused"
 _CLAIM = """
     SELECT seq, id, command, attempts + 1 AS attempts, max_retries, timeout, queue, cwd, env, run,
-        state, EXISTS (""" + IS_DUE + ") AS due, " + ", ".join(
+        EXISTS (""" + IS_DUE + ") AS due, " + ", ".join(
             "(SELECT value FROM config WHERE key = '%s') AS %s" % (key, key)
-            for key in RUN_SETTINGS) + """
-    FROM jobs WHERE seq IN (
+            for key in RUN_SETTINGS) + """,
+        EXISTS (SELECT 1 FROM queues WHERE queue IN (jobs.queue, '*') AND paused) AS held
+    FROM jobs"""
+NEXT_OF_ALL = _CLAIM + " WHERE hold = 0 ORDER BY priority DESC, seq LIMIT 1"
+_NEXT_OF_QUEUES = _CLAIM + """ WHERE seq IN (
         SELECT (SELECT seq FROM jobs WHERE hold = 0 AND jobs.queue = served.queue
                 ORDER BY priority DESC, seq LIMIT 1)
-        FROM served WHERE served.queue NOT IN (SELECT queue FROM paused)
-            AND NOT EXISTS (SELECT 1 FROM paused WHERE queue = '*'))
-    ORDER BY priority DESC, seq LIMIT 1"""
-_EVERY_QUEUE = """
+        FROM served WHERE served.queue NOT IN (%s)
+            AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused))
+    ORDER BY priority DESC, seq LIMIT 1""" % PAUSED
+NEXT_OF_OTHERS = """
     WITH RECURSIVE served(queue) AS (
         SELECT min(queue) FROM jobs WHERE hold = 0
         UNION ALL
         SELECT (SELECT min(queue) FROM jobs WHERE hold = 0 AND queue > served.queue)
-        FROM served WHERE served.queue IS NOT NULL)"""
-READY_QUEUES = _EVERY_QUEUE + """
-    SELECT queue FROM served WHERE queue IS NOT NULL AND queue NOT IN (SELECT queue FROM paused)"""
-NEXT_OF_EVERY_QUEUE = _EVERY_QUEUE + _CLAIM
-NEXT_OF_SERVED = _CLAIM.replace("served", "temp.served")
+        FROM served WHERE served.queue IS NOT NULL)""" + _NEXT_OF_QUEUES
+NEXT_OF_SERVED = _NEXT_OF_QUEUES.replace("served", "temp.served")
 
-MEND_HOLD = """
-    UPDATE jobs SET hold = CASE state WHEN 'processing' THEN -1 ELSE -2 END WHERE seq = :seq"""
 CLAIM_JOB = """
     UPDATE jobs SET state = 'processing', hold = -1, attempts = attempts + 1, cancel = 0,
         run = :run, locked_by = :worker, locked_at = :at, updated_at = :at
@@ -1686,10 +1688,19 @@ SETTLE_JOB = """
     WHERE seq = :seq"""
 SETTLE_RUN = """
     UPDATE runs SET finished_at = :finished_at, exit_code = :exit_code, signal = :signal,
-        outcome = :outcome, error = :error, output = :output
+        outcome = :outcome, error = :error
     WHERE run = :run"""
-COUNT_RUNS = """
-    INSERT INTO stats VALUES (?, ?, ?, ?, ?) ON CONFLICT (minute, queue, outcome)
+ADD_OUTPUT = """
+    INSERT INTO output SELECT :run, :start, :data
+    WHERE EXISTS (SELECT 1 FROM runs WHERE run = :run AND outcome IS NULL)"""
+CUT_OUTPUT = """
+    DELETE FROM output WHERE run = :run AND start >= :first AND start + length(data) <= :last"""
+READ_OUTPUT = """
+    SELECT start, data FROM output
+    WHERE run = :run AND (start + length(data) > :seen OR start > :seen) ORDER BY start"""
+COUNT_RUN = """
+    INSERT INTO stats VALUES (:minute, :queue, :outcome, 1, :seconds)
+    ON CONFLICT (minute, queue, outcome)
     DO UPDATE SET runs = runs + excluded.runs, seconds = seconds + excluded.seconds"""
 FOLD_STATS = (  # minutes that no rate asks for any more become one row per outcome
     """INSERT INTO stats
@@ -1699,17 +1710,18 @@ FOLD_STATS = (  # minutes that no rate asks for any more become one row per outc
        DO UPDATE SET runs = runs + excluded.runs, seconds = seconds + excluded.seconds""",
     "DELETE FROM stats WHERE minute BETWEEN 1 AND :minute",
 )
+PAUSE = """
+    INSERT INTO queues (queue, paused) VALUES (?, 1) ON CONFLICT (queue) DO UPDATE SET paused = 1"""
+RESUME = "UPDATE queues SET paused = 0 WHERE :queue IS NULL OR queue = :queue"
 SERVED_HERE = "(:every OR queue IN (SELECT queue FROM temp.served))"
 WORK_LEFT = """
     SELECT EXISTS (SELECT 1 FROM runs JOIN jobs ON seq = job WHERE outcome IS NULL
                    AND %(served)s AND worker IN
                    (SELECT name FROM workers WHERE supervisor = :supervisor))
-        OR NOT EXISTS (SELECT 1 FROM paused WHERE queue = '*')
-        AND (EXISTS (SELECT 1 FROM jobs WHERE hold = 0
-                     AND %(served)s AND queue NOT IN (SELECT queue FROM paused))
-          OR EXISTS (SELECT 1 FROM jobs WHERE hold > 0 AND hold = 2
-                     AND %(served)s AND queue NOT IN (SELECT queue FROM paused)))
-    """ % {"served": SERVED_HERE}
+        OR NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused)
+        AND EXISTS (SELECT 1 FROM jobs WHERE hold > 0 AND hold = 2
+                    AND %(served)s AND queue NOT IN (%(paused)s))
+    """ % {"served": SERVED_HERE, "paused": PAUSED}
 IDLE_WORKERS = """
     SELECT name, queues FROM workers WHERE slot > 0
         AND name NOT IN (SELECT worker FROM runs WHERE outcome IS NULL)"""
@@ -1725,19 +1737,27 @@ RETRY_JOB = """
     UPDATE jobs SET state = 'pending', hold = CASE WHEN unmet > 0 THEN 3 ELSE 0 END,
         attempts = 0, run_after = NULL, last_error = NULL, updated_at = :at
     WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
-STILL_DEAD = """
-    SELECT dead.rowid AS place, seq, id, unique_key FROM temp.dead CROSS JOIN jobs USING (seq)
-    WHERE dead.rowid > :last AND state = 'dead' ORDER BY dead.rowid LIMIT :limit"""
 # Jobs that have ended, that are past their time, and that no unfinished job waits for.
-PRUNABLE = """
-    SELECT seq, state IN (%s) AND updated_at <= :before AND NOT EXISTS (
+_PRUNABLE = """state IN (%s) AND updated_at <= :before AND NOT EXISTS (
             SELECT 1 FROM deps JOIN jobs AS dependant ON dependant.seq = deps.job
-            WHERE deps.needs = jobs.seq AND jobs.state != 'completed' AND dependant.unmet > 0)
-    FROM jobs WHERE seq > :last ORDER BY seq LIMIT :limit"""
+            WHERE deps.needs = jobs.seq AND jobs.state != 'completed' AND dependant.unmet > 0)"""
+FIND_PRUNABLE = "SELECT seq, " + _PRUNABLE + """ AS prunable
+    FROM jobs WHERE seq > :last ORDER BY seq LIMIT """ + str(PRUNE_BATCH) + "\n"
+STILL_PRUNABLE = "SELECT 1 FROM jobs WHERE seq = :seq AND " + _PRUNABLE
 DELETE_JOB = (
     "DELETE FROM deps WHERE job = :seq", "DELETE FROM deps WHERE needs = :seq",
+    "DELETE FROM output WHERE run IN (%s)" % RUNS_OF_JOB,
     "DELETE FROM runs WHERE run IN (%s)" % RUNS_OF_JOB, "DELETE FROM jobs WHERE seq = :seq",
 )
+# How a `wait` for all stands, by numbers only: a clock may be set back meanwhile.
+NOT_WAITED_FOR = (
+    "CREATE TEMP TABLE IF NOT EXISTS ended (seq INTEGER PRIMARY KEY)", "DELETE FROM temp.ended",
+    "INSERT INTO temp.ended SELECT seq FROM jobs"
+    " WHERE hold = -2 AND state IN ('dead', 'cancelled')",
+)
+WAITED_FOR = """
+    SELECT count(*) FROM (%s) WHERE +seq <= :last AND seq NOT IN (SELECT seq FROM temp.ended)
+        AND seq NOT IN (SELECT seq FROM jobs WHERE id = :but)"""
 
 COUNT_JOBS = """
     SELECT 'pending' AS state, 0 AS hold, queue, count(*) AS jobs
@@ -1757,6 +1777,8 @@ COUNT_WAITING_BY_QUEUE = """
 OLDEST_READY = """
     SELECT updated_at, run_after FROM jobs WHERE seq =
         (SELECT min(+seq) FROM jobs WHERE hold = 0)"""
+TOUCH = "UPDATE config SET value = value WHERE key = 'database_id'"
+SELECT_IDENTITY = "SELECT value FROM config WHERE key = 'database_id'"
 SELECT_WORKERS = """
     SELECT workers.*, jobs.id AS job, jobs.locked_at AS job_started_at
     FROM workers LEFT JOIN runs ON worker = name AND outcome IS NULL LEFT JOIN jobs ON seq = job
@@ -1764,17 +1786,15 @@ SELECT_WORKERS = """
         supervisor, slot"""
 
 
-# -- storage ------------------------------------------------------------------------------
+# -- database -----------------------------------------------------------------------------
 
 BUSY_BUDGET = 30.0  # seconds for which a busy database is tried again
 IMPATIENCE = 0.01  # the same where somebody has something better to do; see impatient()
 LOOKS = 1.0  # seconds for which a file that looks bad and changes is looked at again
 SYNC_DELAY = 0.1  # seconds that a worker's commit may wait for its fsync
-MARKS = b"%031.9f %031.9f"  # monotonic starts of the last two syncs; see sync()
-TALLY_DELAY = 1.0  # seconds after which a busy worker's next turn stores its counts of runs
 UNAVAILABLE = ("locked", "busy", "full", "disk I/O error", "unable to open", "locking protocol")
 
-_connections: set[int] = set()  # ids of the Queues open in this process; see safe_to_fork()
+_connections: set[int] = set()  # ids of the Databases open in this process; see safe_to_fork()
 
 
 def safe_to_fork() -> bool:
@@ -1806,32 +1826,27 @@ def resolve_path(path: str | None) -> str:
     return os.path.realpath(path)
 
 
-class Queue:
-    """A queue: one SQLite database, which is created on first use.
+class Database:
+    """An SQLite file of ours, which is created on first use. Knows nothing of jobs.
 
-    Safe to use from any number of processes at once; within a process, one Queue a thread,
-    and none across a fork. What returns has been committed and fsynced, unless `durable` is
-    false: then commits wait for sync() (workers fsync theirs within SYNC_DELAY). With
-    `expect`, an identity(), it opens that very database, or none. `sync_at` is when sync() must
-    be called (time.monotonic), or infinity.
+    What returns has been committed and fsynced, unless `durable` is false: then commits wait
+    for sync(), which must be called at `sync_at` (time.monotonic; infinity: not at all), and
+    somebody else checkpoints. With `expect`, an `identity`, it opens that very database, or none.
+    `identity` is the random id of the database.
 
-    Every method raises QueueError for what the user can mend, and nothing is changed then.
-    Times that come in are epoch seconds."""
+    Every method raises QueueError for what the user can mend, and nothing is changed then."""
 
     def __init__(self, path: str | None = None, *, durable: bool = True,
                  expect: str | None = None) -> None:
         self.path = resolve_path(path)
         self.folder = self.path + "-run"
+        self.identity = ""
+        self.sync_at = math.inf
         self._durable = durable
         self._expect = expect
-        self.sync_at = math.inf
-        self._committed = 0.0  # monotonic time of the last commit
-        self._wal = self._marks = -1
-        self._checkpoint_after = 0.0
+        self._wal = -1
         self._version = -1
-        self._serves_every = True
-        self._tally: Tally = {}  # what is not in `stats` yet
-        self._tallied = 0.0  # when it was last stored there
+        self._checked = 0  # st_mtime_ns of the file when its id was last read
         self._patience = BUSY_BUDGET
         try:
             self._created = self._inspect()
@@ -1850,20 +1865,13 @@ class Queue:
             kind = DatabaseUnavailable if error.errno in SHORTAGES else QueueError
             raise kind("cannot open %s: %s" % (self.path, error.strerror)) from None
 
-    def __enter__(self) -> Queue:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Sync and close. The last one to close a database tidies up its -wal file."""
         if id(self) in _connections:
             with contextlib.suppress(QueueError):
-                self.sync(leaving=True)
-            for fd in (self._wal, self._marks):
-                if fd >= 0:
-                    os.close(fd)
+                self.sync()
+            if self._wal >= 0:
+                os.close(self._wal)
             _connections.discard(id(self))
             self._db.close()
 
@@ -1909,13 +1917,9 @@ class Queue:
         status = os.stat(self.path)
         return status.st_size, status.st_mtime_ns, _size(self.path + "-wal")
 
-    def _look(self) -> None:
-        """Judge the file as it stands. QueueError or sqlite3.Error: it is not ours, or bad."""
-        length, _, log = self._traces()
-        if not length:
-            return
-        if length < 100:  # the size of a header; SQLite takes a single byte for nothing
-            raise sqlite3.DatabaseError("file is not a database")
+    @contextlib.contextmanager
+    def _file_itself(self) -> Iterator[sqlite3.Connection]:
+        """The file as it stands, without its -wal file, and without a trace of the reader."""
         look = sqlite3.connect(_uri(self.path) + "?immutable=1&mode=ro", uri=True, timeout=0,
                                isolation_level=None)
         try:
@@ -1923,6 +1927,18 @@ class Queue:
             # that sees the -wal file can complete.
             look.execute("PRAGMA writable_schema = ON")
             look.execute("BEGIN")
+            yield look
+        finally:
+            look.close()
+
+    def _look(self) -> None:
+        """Judge the file as it stands. QueueError or sqlite3.Error: it is not ours, or bad."""
+        length, _, log = self._traces()
+        if not length:
+            return
+        if length < 100:  # the size of a header; SQLite takes a single byte for nothing
+            raise sqlite3.DatabaseError("file is not a database")
+        with self._file_itself() as look:
             owner, version, pages, size = (
                 look.execute("PRAGMA " + name).fetchone()[0]
                 for name in ("application_id", "user_version", "page_count", "page_size"))
@@ -1930,8 +1946,6 @@ class Queue:
             foreign = owner != APPLICATION_ID and (
                 owner or version or log
                 or look.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
-        finally:
-            look.close()
         if foreign:
             raise QueueError("%s is another program's database; name another file with --db"
                              % self.path)
@@ -1944,18 +1958,26 @@ class Queue:
         if version > VERSION:
             raise QueueError("%s was made by a newer queuectl (schema %d; this one knows %d)"
                              % (self.path, version, VERSION))
+        if version == 1:
+            raise QueueError("%s was made by a queuectl that was never released" % self.path)
 
     def _set_up(self) -> None:
         self._execute("PRAGMA synchronous = %s" % ("FULL" if self._durable else "NORMAL"))
         if sys.platform == "darwin":
             self._execute("PRAGMA fullfsync = ON")
-        self._execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
+        self._execute("PRAGMA wal_autocheckpoint = 0")  # see checkpoint
+        self._execute("PRAGMA journal_size_limit = %d" % (WAL_LIMIT // 2))
         version = self._value("PRAGMA user_version")
         self._check_version(version)
-        if self._expect and (not version or self._expect != self.identity()):
+        if version != VERSION:
+            if self._expect:
+                raise self._gone()
+            self._migrate()
+        self.identity = str(self._value(SELECT_IDENTITY))
+        if self._expect and self._expect != self.identity:
             raise self._gone()
-        if version == VERSION:
-            return
+
+    def _migrate(self) -> None:
         # First the mark, in a rollback journal, so that no other program and no other first
         # use ever sees a WAL database without it.
         if self._value("PRAGMA application_id") != APPLICATION_ID:
@@ -1969,20 +1991,15 @@ class Queue:
             version = self._value("PRAGMA user_version")  # others may have been faster
             self._check_version(version)
             if 0 < version < VERSION:
-                self._refuse_older_workers()
+                self._allow_migration()
             statements = [text for number in range(version + 1, VERSION + 1)
                           for text in UPGRADES[number]] if version else SCHEMA
             for statement in statements:
                 self._execute(statement)
             self._execute("PRAGMA user_version = %d" % VERSION)
 
-    def _refuse_older_workers(self) -> None:
-        """Workers that know an older schema must not go on with a newer one."""
-        pids = [str(row["pid"]) for row in self._rows("SELECT name, pid FROM workers")
-                if is_held(self.lock_path(row["name"]))]
-        if pids:
-            raise QueueError("%s is served by workers of an older queuectl; let them finish "
-                             "first: kill %s" % (self.path, " ".join(pids)))
+    def _allow_migration(self) -> None:
+        """QueueError if somebody uses the older schema."""
 
     # Executing. Every statement goes through here.
 
@@ -2006,7 +2023,7 @@ class Queue:
     def _insist(self, call: Callable[[], T]) -> T:
         """Where the database is busy, try again after a short random wait: SQLite's own busy
         handler lets some writers starve. QueueError for all but a broken constraint."""
-        budget, tries = 0.0, 0
+        budget = 0.0
         while True:
             try:
                 return call()
@@ -2022,19 +2039,18 @@ class Queue:
                 if now >= self.sync_at:
                     with contextlib.suppress(DatabaseUnavailable):
                         self.sync()
-                # A turn takes 0.2 ms, less than the shortest sleep: at first it is enough to let
-                # others run. Then 0.1 to 0.5 ms, however long it has waited already: longer waits
-                # would let newcomers win.
-                tries += 1
-                if tries < 8:
-                    give_way()
-                else:
-                    time.sleep((0.25 + os.urandom(1)[0] / 256) * 0.0004)
+                # 0.1 to 0.3 ms, however long it has waited already: longer waits would let
+                # newcomers win.
+                time.sleep((0.5 + os.urandom(1)[0] / 256) * 0.0002)
 
     def _explain(self, error: sqlite3.Error) -> QueueError:
         text = str(error)
         if not text or "malformed" in text or "Could not decode" in text:
-            return self._damaged()
+            # SQLite takes what the disk cannot read for something malformed, too.
+            if not any(unreadable(path, bool(_connections))
+                       for path in (self.path, self.path + "-wal")):
+                return self._damaged()
+            text = "disk I/O error"
         kind = DatabaseUnavailable if any(word in text for word in UNAVAILABLE) else QueueError
         advice = {
             "file is not a database": "name another file with --db",
@@ -2057,9 +2073,10 @@ class Queue:
             raise self._damaged() from None
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, sync: bool = True) -> Iterator[None]:
         """BEGIN IMMEDIATE: the writer lock is taken before anything is read, so what was
-        read is still true when it is written, and no transaction fails halfway as busy."""
+        read is still true when it is written, and no transaction fails halfway as busy.
+        Without `sync` it may wait for the fsync of another one."""
         self._execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -2070,11 +2087,10 @@ class Queue:
             if isinstance(error, sqlite3.Error):
                 raise self._explain(error) from None
             raise
-        if not self._durable:
-            self._committed = time.monotonic()
-            if self.sync_at == math.inf:
-                self.sync_at = self._committed + SYNC_DELAY
-        self.checkpoint()
+        if self._durable:
+            self.checkpoint(4 * WAL_LIMIT)  # where no supervisor does
+        elif sync:
+            self.sync_at = min(self.sync_at, time.monotonic() + SYNC_DELAY)
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[None]:
@@ -2098,66 +2114,43 @@ class Queue:
     # Durability. Clients commit with synchronous=FULL. Workers commit with NORMAL, which
     # syncs nothing, and sync the -wal file themselves, outside of the writer lock.
 
-    def sync(self, leaving: bool = False) -> None:
-        """Bring this connection's commits to the disk, where no other worker's sync has, or
-        (unless `leaving`) soon will have.
-
-        A file tells the workers of each other: it holds the monotonic start of the last sync
-        that has ended, and of the one that has begun. What was committed before the first is on
-        disk, and what came later has time until SYNC_DELAY after it. What the second will cover
-        waits for its end, but not for long: who began it may have died. (Each worker that
-        registers empties the file: after a boot, monotonic clocks start anew.) QueueError."""
+    def sync(self) -> int:
+        """Bring this connection's commits to the disk; the size of the -wal file. QueueError."""
         if self.sync_at == math.inf:
-            return
+            return 0
         try:
-            if self._marks < 0:
-                self._marks = create_file(os.path.join(self.folder, "synced"))
             if self._wal < 0:
                 self._wal = os.open(self.path + "-wal", os.O_RDWR)
                 flush_folder(os.path.dirname(self.path))  # its name must last as well
-            start = time.monotonic()
-            ended, begun = map(float, (read_at(self._marks, 64, 0) or b"0 0").split())
-            if self._committed <= ended <= start:
-                self.sync_at = math.inf
-                return
-            if not leaving and ended <= start < ended + SYNC_DELAY:
-                self.sync_at = ended + SYNC_DELAY
-                return
-            if not leaving and ended < begun <= start < begun + SYNC_DELAY / 2:
-                self.sync_at = start + SYNC_DELAY / 10
-                return
-            with contextlib.suppress(OSError):  # a hint only: the disk may be full
-                write_at(self._marks, MARKS % (ended, start), 0)
             flush(self._wal)
-            with contextlib.suppress(OSError):
-                write_at(self._marks, MARKS % (start, start), 0)
         except OSError as error:
             self.sync_at = time.monotonic() + 1
             raise DatabaseUnavailable("cannot sync %s: %s" % (self.path, error.strerror)) from None
         self.sync_at = math.inf
+        return os.fstat(self._wal).st_size
 
     def checkpoint(self, limit: int = WAL_LIMIT) -> None:
         """Bring the -wal file into the database once it has grown to `limit` bytes.
 
         SQLite before 3.51.3 can corrupt a database when a commit resets the WAL while another
-        connection checkpoints (https://www.sqlite.org/wal.html#walresetbug). TRUNCATE holds
-        the writer lock meanwhile, if only its busy timeout is not 0: then it would silently
-        turn into the dangerous kind. That timeout is unfair to whoever waits by it, so it is
-        short, and somebody else's commit tries again soon."""
-        now = time.monotonic()
-        if limit and now < self._checkpoint_after:
-            return
-        self._checkpoint_after = now + 0.01  # the fastest workers settle ten jobs in that time
+        connection checkpoints (https://www.sqlite.org/wal.html#walresetbug). So this one
+        holds the writer lock while another one checkpoints. (TRUNCATE takes the lock itself;
+        but it waits for it unfairly, without it where its time runs out, and holding it where a
+        reader is slow.)"""
         if _size(self.path + "-wal") < limit:
             return
         with contextlib.suppress(QueueError):
-            self._execute("PRAGMA busy_timeout = 100")
+            other = Database(self.path, expect=self.identity)
             try:
-                busy = self._value("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._execute("BEGIN IMMEDIATE")
+                try:
+                    other._execute("PRAGMA wal_checkpoint(PASSIVE)")
+                finally:
+                    self._execute("ROLLBACK")
+                # The next write begins the -wal file anew, and cuts it to journal_size_limit.
+                self._execute(TOUCH)
             finally:
-                self._execute("PRAGMA busy_timeout = 0")
-            if busy:
-                self._checkpoint_after = now + 0.2
+                other.close()
 
     def changed(self) -> bool:
         """Whether another connection has committed since the last call (5 microseconds)."""
@@ -2165,32 +2158,85 @@ class Queue:
         return before != self._version
 
     def check_in_place(self) -> None:
-        """Raise QueueError if the database has been deleted or replaced under us."""
+        """Raise QueueError if the database has been deleted or replaced under us. An inode may be
+        given to another file, and other contents to a file. This connection would not see that
+        in the pages that it knows: where the file has changed, its id is read from there."""
         try:
             status = os.stat(self.path)
-            if (status.st_dev, status.st_ino) == self._created and status.st_size:
-                return
         except FileNotFoundError:
-            pass
-        raise self._gone()
+            raise self._gone() from None
+        if (status.st_dev, status.st_ino) != self._created or not status.st_size:
+            raise self._gone()
+        if status.st_mtime_ns == self._checked:
+            return
+        try:
+            with self._file_itself() as look:
+                found = look.execute(SELECT_IDENTITY).fetchone()
+        except sqlite3.Error as error:
+            if "no such table" not in str(error):
+                return  # a checkpoint is under way: it will be seen later
+            found = None  # the table is only in the -wal file yet
+        if found and found[0] != self.identity:
+            raise self._gone()
+        self._checked = status.st_mtime_ns
 
     def _gone(self) -> QueueError:
         return QueueError("%s has been deleted or replaced; stopping" % self.path)
 
-    def identity(self) -> str:
-        """The random id of this database."""
-        return str(self._value("SELECT value FROM config WHERE key = 'database_id'"))
 
-    def require_safe(self) -> None:
-        """Refuse to run what this database says, if others can write it. QueueError."""
-        try:
-            reason = unsafe_reason(self.path)
-            if reason:
-                raise QueueError("%s %s: no worker runs what others may have put there"
-                                 % (self.path, reason))
-            make_folder(self.folder)
-        except OSError as error:
-            raise QueueError("cannot use %s: %s" % (self.folder, error.strerror)) from None
+def require_safe(path: str) -> None:
+    """Refuse to run what a database says, if others can write it: before it is opened, which
+    would bring into it what they may have put beside it. QueueError."""
+    try:
+        reason = unsafe_reason(path)
+        if reason:
+            raise QueueError("%s %s: no worker runs what others may have put there"
+                             % (path, reason))
+        make_folder(path + "-run")
+    except OSError as error:
+        raise QueueError("cannot use %s: %s" % (path, error.strerror)) from None
+
+
+def _uri(path: str) -> str:
+    """The URI by which SQLite opens a file, special characters and all."""
+    for character, escape in (("%", "%25"), ("?", "%3f"), ("#", "%23")):
+        path = path.replace(character, escape)
+    return "file:" + (path if os.sep == "/" else "/" + path.replace("\\", "/"))
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+# -- queue --------------------------------------------------------------------------------
+
+class Queue(Database):
+    """A queue: one SQLite database, which is created on first use.
+
+    Safe to use from any number of processes at once; within a process, one Queue a thread,
+    and none across a fork. What returns has been committed and fsynced (if `durable`).
+
+    Every method raises QueueError for what the user can mend, and nothing is changed then.
+    Times that come in are epoch seconds."""
+
+    _serves_every = True
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _allow_migration(self) -> None:
+        """Workers that know an older schema must not go on with a newer one."""
+        pids = [str(row["pid"]) for row in self._rows("SELECT name, pid FROM workers")
+                if is_held(self.lock_path(row["name"]))]
+        if pids:
+            raise QueueError("%s is served by workers of an older queuectl; let them finish "
+                             "first: kill %s" % (self.path, " ".join(pids)))
 
     # Jobs come in.
 
@@ -2207,121 +2253,114 @@ class Queue:
         fields = dict(id=id, command=command, queue=queue, priority=priority,
                       max_retries=max_retries, timeout=timeout, delay=delay, run_at=run_at,
                       cwd=cwd, env=env, after=after, unique=unique)
-        return next(self.enqueue_from([("", fields)]))
+        ids: list[str] = []
+        self.enqueue_from([("", fields)], ids.extend)
+        return ids[0]
 
-    def enqueue_many(self, jobs: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    def enqueue_many(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
         """Store jobs, given as dicts of the fields that enqueue() takes, in one transaction:
         all or none. Returns their ids, in order, once they are on disk. QueueError."""
-        return self.enqueue_from(("job %d: " % number, fields)
-                                 for number, fields in enumerate(jobs, 1))
+        ids: list[str] = []
+        self.enqueue_from((("job %d: " % number, fields)
+                           for number, fields in enumerate(jobs, 1)), ids.extend)
+        return ids
 
     def enqueue_from(self, jobs: Iterable[tuple[str, Mapping[str, Any]]],
-                     note: Callable[[str], None] = lambda text: None) -> Iterator[str]:
+                     show: Callable[[list[str]], None],
+                     note: Callable[[str], None] = lambda text: None) -> None:
         """As enqueue_many, for pairs of a place ("line 3: "), which errors begin with, and a
-        job. `note` gets a line for each job that its unique key kept from being stored.
+        job. `show` gets the ids, page by page, and `note` a line for each job that its unique
+        key kept from being stored (whose id is that of the one which has the key).
 
-        The writer lock is not held while `jobs` is consumed, which may take its time. Memory
-        stays bounded: what is many goes through a temporary file."""
+        The writer lock is not held while `jobs` is consumed, which may take its time: until
+        then they stand in a temporary table."""
         now = time.time()
-        spool, make_row = _Spool(), _job_rows(int(self.settings()["max_retries"]), now)
-        for place, fields in jobs:
+        make_row = _job_rows(int(self.settings()["max_retries"]), now)
+        for statement in INCOMING:
+            self._execute(statement)
+        rows: list[tuple[Any, ...]] = []
+        needed: list[tuple[int, str]] = []
+        number, keys, waiting = 0, False, False
+        for number, (place, fields) in enumerate(jobs, 1):
             try:
-                spool.add((make_row(job_fields(fields)), "id" in fields, len(spool), place))
+                parsed = job_fields(fields)
+                rows.append(make_row(parsed) + ("id" in parsed, place, number))
             except QueueError as error:
                 raise QueueError("%s%s" % (place, error)) from None
-        stored = _Batch()
+            needed += [(number, id) for id in parsed.get("after", ())]
+            keys |= "unique" in parsed
+            waiting |= bool(needed)
+            if len(rows) == PAGE:
+                self._add_incoming(rows, needed)
+        self._add_incoming(rows, needed)
         with self._transaction():  # nothing in here may wait for anybody
-            stored.first = (self._value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
-                            or 0) + 1
-            for rows in spool:
-                self._insert(rows, stored)
-            if stored.waiting:
-                self._link(stored, now)
-        for text in stored.notes:
-            note(text)
-        for queue, count in stored.ready.items():
-            self.wake(queue, count)
-        return (stored.instead.get(number) or row[ID]
-                for rows in spool for row, _, number, _ in rows)
+            last = self._value(LAST_SEQ)
+            self._store_incoming(keys)
+            if keys:
+                self._execute(TAKE_KEYS, {"last": last})
+            if waiting:
+                self._link(last, now)
+            queues = [row[0] for row in self._rows(NEW_QUEUES, {"last": last})]
+        for id, key in self._rows(NOT_STORED) if keys else ():
+            note("%s has the key %s and has not ended; nothing stored" % (id, key))
+        self.wake(queues)
+        for first in range(1, number + 1, PAGE):
+            show([row[0] for row in self._rows(
+                "SELECT ifnull(instead, id) FROM temp.incoming WHERE number BETWEEN ? AND ? "
+                "ORDER BY number", (first, first + PAGE - 1))])
 
-    def _insert(self, rows: list[NewRow], stored: _Batch) -> None:
-        """Insert rows, all at once where nothing stands in the way."""
-        if not any(row[KEY] for row, _, _, _ in rows):
-            self._execute("SAVEPOINT rows")
+    def _add_incoming(self, rows: list[tuple[Any, ...]], needed: list[tuple[int, str]]) -> None:
+        with self._snapshot():
+            self._execute(ADD_INCOMING, rows, many=True)
+            self._execute("INSERT INTO temp.needed VALUES (?, ?)", needed, many=True)
+        rows.clear()
+        needed.clear()
+
+    def _store_incoming(self, keys: bool) -> None:
+        """Bring the rows into `jobs`, with other ids for those whose generated ones are taken."""
+        while True:
+            for statement in KEYS_TAKEN if keys else ():
+                self._execute(statement)
             try:
-                values, even = [row for row, _, _, _ in rows], len(rows) - len(rows) % MANY
-                for start in range(0, even, MANY):
-                    self._execute(INSERT_MANY_JOBS, [
-                        value for row in values[start:start + MANY] for value in row])
-                self._execute(INSERT_JOB, values[even:], many=True)
-                self._execute("RELEASE rows")
-                for row, _, _, place in rows:
-                    stored.add(row, place)
+                self._execute(STORE_INCOMING)
                 return
-            except sqlite3.IntegrityError:  # an id is taken: find out which, row by row
-                self._execute("ROLLBACK TO rows")
-                self._execute("RELEASE rows")
-        for row, chosen, number, place in rows:
-            active = row[KEY] and self._value(ACTIVE_WITH_KEY, {"key": row[KEY]})
-            if active:
-                stored.notes.append("%s has the key %s and has not ended; nothing stored"
-                                    % (active, row[KEY]))
-                stored.instead[number] = active
-                continue
-            while True:
-                try:
-                    self._execute(INSERT_JOB, row)
-                    break
-                except sqlite3.IntegrityError:
-                    if chosen:
-                        raise QueueError("%sthe id %s is taken" % (place, row[ID])) from None
-                    row = (new_id(),) + row[1:]
-                    stored.instead[number] = row[ID]
-            if row[KEY]:
-                self._execute(TAKE_KEY, {"id": row[ID]})
-            stored.add(row, place)
+            except sqlite3.IntegrityError:
+                taken = self._rows(IDS_TAKEN)
+            drawn = [(new_id(), row["number"]) for row in taken if not row["chosen"]]
+            if not drawn:  # the first one of a pair may be the only one that nobody else has
+                seen: set[str] = set()
+                for row in taken:
+                    if row["id"] in seen or self._value("SELECT 1 FROM jobs WHERE id = ?",
+                                                        (row["id"],)):
+                        raise QueueError("%sthe id %s is taken" % (row["place"], row["id"]))
+                    seen.add(row["id"])
+            self._execute("UPDATE temp.incoming SET id = ? WHERE number = ?", drawn, many=True)
 
-    def _link(self, stored: _Batch, now: float) -> None:
-        """Make jobs wait for those that they name. A cycle can only be among the new ones
-        (seq >= first), and only where one of them names a later one."""
-        find = "SELECT seq, state, queue, run_after FROM jobs WHERE id = ?"
-        names: dict[int, str] = {}
-        needs: dict[int, set[int]] = {}
-        forward = False
-        for id, after, place in stored.waiting:
-            job = self._rows(find, (id,))[0]
-            seq, unmet = job["seq"], 0
-            names[seq], needs[seq] = id, set()
-            for name in after.split():
-                row = self._row(find, (name,))
-                if row is None:
-                    raise QueueError("%safter: there is no job %s" % (place, name))
-                unmet += row["state"] != "completed"
-                needs[seq].add(row["seq"])
-                forward |= stored.first <= seq <= row["seq"]
-            self._execute("INSERT INTO deps VALUES (?, ?)", [(seq, need) for need in needs[seq]],
-                          many=True)
-            self._execute(COUNT_UNMET, {"seq": seq, "unmet": unmet, "now": now})
-            if not unmet:
-                stored.count_ready(job["queue"])
-        if forward:
-            # Take away who waits for nobody, until nobody is left, or only a circle.
-            users: dict[int, list[int]] = {}
-            for seq, their in needs.items():
-                for need in their & needs.keys():
-                    users.setdefault(need, []).append(seq)
-            left = {seq: len(their & needs.keys()) for seq, their in needs.items()}
-            free = [seq for seq, count in left.items() if not count]
-            while free:
-                seq = free.pop()
-                del left[seq]
-                for user in users.get(seq, ()):
-                    left[user] -= 1
-                    if not left[user]:
-                        free.append(user)
-            if left:
-                raise QueueError("after: these jobs wait for each other in a circle: %s"
-                                 % " ".join(sorted(names[seq] for seq in left)[:10]))
+    def _link(self, last: int, now: float) -> None:
+        """Make the jobs after seq `last` wait for those that they name. QueueError."""
+        row = self._row(NOT_THERE)
+        if row is not None:
+            raise QueueError("%safter: there is no job %s" % tuple(row))
+        self._execute(ADD_NEEDS)
+        self._execute(COUNT_UNMET, {"last": last})
+        self._execute(HOLD_NEW, {"last": last, "now": now})
+        # Take away who waits for nobody, until nobody is left, or only a circle.
+        left: dict[int, int] = {}
+        users: dict[int, list[int]] = {}
+        for seq, need in self._rows(NEW_NEEDS, {"last": last}):
+            left[seq] = left.get(seq, 0) + 1
+            users.setdefault(need, []).append(seq)
+        free = [need for need in users if need not in left]
+        while free:
+            for user in users.get(free.pop(), ()):
+                left[user] -= 1
+                if not left[user]:
+                    del left[user]
+                    free.append(user)
+        if left:
+            raise QueueError("after: these jobs wait for each other in a circle: %s" % " ".join(
+                sorted(self._value("SELECT id FROM jobs WHERE seq = ?", (seq,))
+                       for seq in list(left)[:10])))
 
     # Jobs are looked at.
 
@@ -2373,16 +2412,19 @@ class Queue:
                 for number, row in enumerate(
                     self._rows(SELECT_RUNS, {"seq": self.get(id).seq}), 1)]
 
-    def output(self, run: int) -> bytes | None:
-        """What is kept of a run's output; None while it runs (see live_output)."""
-        row = self._row("SELECT outcome, output FROM runs WHERE run = ?", (run,))
-        if row is None:
-            raise QueueError("that run has been deleted with its job")
-        return (row["output"] or b"") if row["outcome"] else None
+    def output(self, run: int) -> bytes:
+        """What is kept, or there until now, of a run's output. QueueError."""
+        return join_pieces(self.pieces(run)[0], 0)[0]
 
-    def live_output(self, run: int) -> str:
-        """The path of the file into which a worker writes the output of its current run."""
-        return "%s%s%d.out" % (self.folder, os.sep, run)
+    def pieces(self, run: int, seen: int = 0) -> tuple[list[tuple[int, bytes]], bool]:
+        """The pieces of a run's output (see join_pieces) that go beyond its first `seen`
+        bytes, and whether the run has ended. QueueError."""
+        with self._snapshot():
+            row = self._row("SELECT outcome FROM runs WHERE run = ?", (run,))
+            if row is None:
+                raise QueueError("that run has been deleted with its job")
+            pieces = self._rows(READ_OUTPUT, {"run": run, "seen": seen})
+        return [(start, data) for start, data in pieces], row["outcome"] is not None
 
     def blocker(self, job: Job) -> tuple[str, str] | None:
         """(id, state) of a job that a blocked one waits for: a dead or cancelled one first."""
@@ -2426,25 +2468,24 @@ class Queue:
             "SELECT queue, outcome, sum(runs), sum(seconds) FROM stats WHERE minute >= ? "
             "GROUP BY queue, outcome", (since // 60,))]
 
-    def last_seq(self) -> int:
-        """The number of the newest job."""
-        return int(self._value("SELECT max(seq) FROM jobs") or 0)
+    def wait_for_all(self) -> int:
+        """Remember which jobs have not ended now, for progress(): the number of the newest."""
+        with self._snapshot():
+            for statement in NOT_WAITED_FOR:
+                self._execute(statement)
+            return int(self._value("SELECT max(seq) FROM jobs") or 0)
 
-    def progress(self, last: int, since: float, but: str | None) -> tuple[int, int, int]:
-        """(left, stuck, failed) of the jobs up to seq `last`, without the job `but`: not
-        ended; of those, blocked for ever; dead or cancelled `since` then."""
-        values = {"last": last, "since": iso(since), "but": but or ""}
-        own = "+seq <= :last AND seq NOT IN (SELECT seq FROM jobs WHERE id = :but)"
+    def progress(self, last: int, but: str | None) -> tuple[int, int, int]:
+        """(left, stuck, failed) of the jobs up to seq `last` that had not ended at
+        wait_for_all(), without the job `but`: not ended now; of those, blocked for ever; dead or
+        cancelled now."""
         with self._snapshot():  # or a job that is put back meanwhile would not be seen anywhere
-            pending, processing, blocked = (
-                self._value("SELECT count(*) FROM (%s) WHERE %s" % (MEMBERS[state], own), values)
-                for state in ("pending", "processing", "blocked"))
-            failed = self._value(
-                "SELECT count(*) FROM jobs WHERE hold = -2 AND state IN ('dead', 'cancelled') "
-                "AND updated_at >= :since AND " + own, values)
+            pending, processing, blocked, dead, cancelled = (
+                self._value(WAITED_FOR % MEMBERS[state], {"last": last, "but": but or ""})
+                for state in ("pending", "processing", "blocked", "dead", "cancelled"))
         left = pending + processing
         # Something that is not blocked is behind every job that can still run.
-        return left, blocked if left == blocked else 0, failed
+        return left, blocked if left == blocked else 0, dead + cancelled
 
     # Jobs are changed by people.
 
@@ -2477,75 +2518,67 @@ class Queue:
                 if job.state not in ("dead", "cancelled"):
                     raise QueueError("job %s is %s; only dead and cancelled jobs can be retried"
                                      % (job.id, job.state))
-                refusal = self._retry(job.seq, job.id, job.unique)
+                refusal = self._retry(job)
                 if refusal:
                     raise QueueError(refusal)
-        for job in jobs:
-            self.wake(job.queue, 1)
+        self.wake({job.queue for job in jobs})
 
     def retry_all(self, note: Callable[[str], None] = lambda text: None) -> int:
-        """Retry every job that is dead now, and return how many. In small transactions. `note`
+        """Retry every job that is dead, and return how many. In small transactions. `note`
         gets a line for each whose unique key another job has: it stays dead."""
-        count = last = 0
-        self._execute("CREATE TEMP TABLE IF NOT EXISTS dead (seq INTEGER)")
-        self._execute("DELETE FROM temp.dead")
-        self._execute("INSERT INTO temp.dead " + MEMBERS["dead"])
+        count, jobs = 0, self.jobs("dead")
         while True:
-            refused = []
-            with self._transaction():
-                rows = self._rows(STILL_DEAD, {"last": last, "limit": PAGE})
-                for row in rows:
-                    refusal = self._retry(row["seq"], row["id"], row["unique_key"])
-                    refused += [refusal] if refusal else []
-            for text in refused:
-                note(text)
-            count += len(rows) - len(refused)
-            self.wake(None, len(rows) - len(refused))
-            if len(rows) < PAGE:
+            page = list(itertools.islice(jobs, PAGE))
+            if not page:
                 return count
-            last = rows[-1]["place"]
+            with self._transaction():
+                refused = [self._retry(job) for job in page]
+            for text in filter(None, refused):
+                note(text)
+            count += refused.count(None)
+            self.wake({job.queue for job in page})
 
-    def _retry(self, seq: int, id: str, key: str | None) -> str | None:
-        """Make an ended job pending again; or why not: another job has its unique key."""
-        if key:
-            active = self._value(ACTIVE_WITH_KEY, {"key": key})
-            if active:
-                return "job %s cannot be retried while %s has its key %s" % (id, active, key)
-            self._execute(TAKE_KEY, {"id": id})
-        self._execute(RETRY_JOB, {"seq": seq, "at": iso(time.time())})
+    def _retry(self, job: Job) -> str | None:
+        """Make an ended job pending again; or why not."""
+        active = self._value(ACTIVE_WITH_KEY, {"key": job.unique})
+        if active:
+            return "job %s cannot be retried while %s has its key %s" % (job.id, active, job.unique)
+        if not self._execute(RETRY_JOB, {"seq": job.seq, "at": iso(time.time())}).rowcount:
+            return "job %s is not dead any more" % job.id
+        if job.unique:
+            self._execute(TAKE_KEY, {"key": job.unique, "seq": job.seq})
         return None
 
     def prune(self, states: Sequence[str], older_than: float = 0) -> int:
         """Delete jobs that ended more than `older_than` seconds ago in one of `states` and
         that no unfinished job waits for. Returns how many. In small transactions."""
-        before, last, total = time.time() - older_than, 0, 0
+        before, last, count = time.time() - older_than, 0, 0
         while True:
-            reached, deleted = self.prune_some(states, before, last)
-            total += deleted
-            if reached is None:
+            reached, deleted = self.prune_step(states, before, last)
+            count += deleted
+            if not reached:
                 break
             last = reached
         self.give_back_space(sys.maxsize)
         self.checkpoint(0)  # only that shortens the file itself
-        return total
+        return count
 
-    def prune_some(self, states: Sequence[str], before: float,
-                   last: int) -> tuple[int | None, int]:
-        """One step of a prune: looks at the PAGE of jobs after seq `last`, deletes at most
-        PRUNE_BATCH. Returns the seq that it reached (None: the end) and how many it deleted."""
+    def prune_step(self, states: Sequence[str], before: float, last: int) -> tuple[int, int]:
+        """One step of a prune: looks at the PRUNE_BATCH jobs after seq `last`, without the writer
+        lock, and then with it at those that can go: they may have been retried, or another may
+        wait for them now. Returns the seq that it reached (0: the end), how many it deleted."""
         words = ", ".join("'%s'" % state for state in ENDED if state in states)
-        parameters = {"before": iso(before), "last": last, "limit": PAGE}
-        rows = self._rows(PRUNABLE % words, parameters)
-        reached = rows[-1][0] if len(rows) == PAGE else None
-        seqs: list[dict[str, int]] = []
-        if any(row[1] for row in rows):
-            with self._transaction():  # looks again: a dead job may have been retried
-                seqs = [{"seq": row[0]} for row in self._rows(PRUNABLE % words, parameters)
-                        if row[1]][:PRUNE_BATCH]
+        values: dict[str, Any] = {"before": iso(before), "last": last}
+        rows = self._rows(FIND_PRUNABLE % words, values)
+        seqs = [{"seq": row["seq"]} for row in rows if row["prunable"]]
+        if seqs:
+            with self._transaction():
+                seqs = [seq for seq in seqs if self._value(STILL_PRUNABLE % words,
+                                                           dict(values, **seq))]
                 self._execute(KEEP_LAST_RUN)
                 for statement in DELETE_JOB:
                     self._execute(statement, seqs, many=True)
-        return (seqs[-1]["seq"] if len(seqs) == PRUNE_BATCH else reached), len(seqs)
+        return rows[-1]["seq"] if len(rows) == PRUNE_BATCH else 0, len(seqs)
 
     def give_back_space(self, steps: int) -> None:
         """Shorten the file by the pages that deleted jobs have left free: by at most VACUUM_STEP
@@ -2561,21 +2594,18 @@ class Queue:
     def pause(self, queue: str | None = None) -> None:
         """Hand out no more jobs of a queue, or of any."""
         with self._transaction():
-            self._execute("INSERT OR IGNORE INTO paused VALUES (?)",
-                          (EVERY_QUEUE if queue is None else parse_queue(queue),))
+            self._execute(
+                PAUSE, (EVERY_QUEUE if queue is None else parse_queue(queue),))
 
     def resume(self, queue: str | None = None) -> None:
         """Hand out jobs again: of a queue, or (None) of every queue that was paused."""
         with self._transaction():
-            if queue is None:
-                self._execute("DELETE FROM paused")
-            else:
-                self._execute("DELETE FROM paused WHERE queue = ?", (parse_queue(queue),))
-        self.wake(queue, 1000)
+            self._execute(RESUME, {"queue": queue and parse_queue(queue)})
+        self.wake()
 
     def paused(self) -> list[str]:
         """The names of the paused queues; EVERY_QUEUE stands for all."""
-        return [row[0] for row in self._rows("SELECT queue FROM paused ORDER BY queue")]
+        return [row[0] for row in self._rows(PAUSED + " ORDER BY queue")]
 
     # Settings.
 
@@ -2615,18 +2645,14 @@ class Queue:
         """Wake a worker or a supervisor; False if it is dead."""
         return ring(self.bell_path(name))
 
-    def wake(self, queue: str | None, count: int) -> None:
-        """Wake up to `count` idle workers that serve the queue (None: any in which jobs are
-        ready). A hint: it comes after a commit, which its failure must not make look like one."""
+    def wake(self, queues: Iterable[str] | None = None) -> None:
+        """Wake the idle workers that serve any of the queues (None: all). A hint: it comes after
+        a commit, which its failure must not make look like one."""
+        wanted = None if queues is None else set(queues)
         with contextlib.suppress(QueueError):
-            idle = self._rows(IDLE_WORKERS) if count > 0 else []
-            ready = {queue} if queue is not None else {
-                row[0] for row in (self._rows(READY_QUEUES) if idle else ())}
-            for row in idle:
-                if ready.intersection(self._json(row["queues"]) or ready):
-                    count -= self.ring(row["name"])
-                    if not count:
-                        break
+            for row in self._rows(IDLE_WORKERS) if wanted is None or wanted else ():
+                if wanted is None or wanted.intersection(self._json(row["queues"]) or wanted):
+                    self.ring(row["name"])
 
     def register(self, name: str, supervisor: str, slot: int, count: int,
                  queues: Sequence[str] | None) -> None:
@@ -2648,8 +2674,6 @@ class Queue:
         self._execute("CREATE TEMP TABLE served (queue TEXT PRIMARY KEY)")
         self._execute("INSERT OR IGNORE INTO temp.served VALUES (?)",
                       [(queue,) for queue in queues or ()], many=True)
-        with contextlib.suppress(OSError):
-            os.truncate(os.path.join(self.folder, "synced"), 0)
 
     def unregister(self, name: str) -> None:
         with self._transaction():
@@ -2657,24 +2681,18 @@ class Queue:
 
     def workers(self, supervisors: bool = False) -> list[WorkerInfo]:
         """The workers that are alive, and with `supervisors` their supervisors too."""
-        return [WorkerInfo(**dict(
-                    row, queues=self._json(row["queues"]),
-                    stop=max(row["stop"], _size(self.lock_path(row["supervisor"])))))
+        return [WorkerInfo(**dict(row, queues=self._json(row["queues"]), stop=max(
+                    _size(self.lock_path(name)) for name in (row["name"], row["supervisor"]))))
                 for row in self._rows(SELECT_WORKERS)
                 if (supervisors or row["slot"]) and is_held(self.lock_path(row["name"]))]
 
     def order_stop(self, order: int) -> list[WorkerInfo]:
         """Order every live worker and supervisor to stop: DRAIN, or NOW. Returns them."""
-        with self._transaction():
-            self._execute("UPDATE workers SET stop = max(stop, ?)", (order,))
-        found = [info for info in self.workers(supervisors=True) if info.stop >= order]
+        found = self.workers(supervisors=True)
         for info in found:
+            give_order(self.lock_path(info.name), order)
             self.ring(info.name)
         return found
-
-    def ordered(self, name: str) -> int:
-        """The order that order_stop() left for a worker or a supervisor."""
-        return self._value("SELECT stop FROM workers WHERE name = ?", (name,)) or RUN
 
     # A worker's turns.
 
@@ -2686,37 +2704,17 @@ class Queue:
         The settle is fenced: where the run does not hold its job any more (it was rescued,
         and perhaps runs again), nothing changes and Settled is None."""
         settled = claim = None
-        tally = dict(self._tally)
         with self._transaction():
             now = time.time()  # not before: the wait for the writer lock may have been long
             if result is not None:
-                settled = self._settle(result, now, tally)
+                settled = self._settle(result, now)
             if worker is not None:
                 claim = self._claim(worker, lock, now)
-            if claim is None or self._counts_due():
-                self._store(tally)
-        self._tally = tally
-        for queue, count in settled.awakened.items() if settled else ():
-            self.wake(queue, count)
+        if settled and settled.awakened:
+            self.wake(settled.awakened)
         return settled, claim
 
-    def store_counts(self) -> None:
-        """Store the counts of the runs that have ended, as a turn does now and then."""
-        if self._tally and self._counts_due():
-            tally = dict(self._tally)
-            with self._transaction():
-                self._store(tally)
-            self._tally = tally
-
-    def _counts_due(self) -> bool:
-        return time.monotonic() >= self._tallied + TALLY_DELAY
-
-    def _store(self, tally: Tally) -> None:
-        self._execute(COUNT_RUNS, [key + counts for key, counts in tally.items()], many=True)
-        tally.clear()
-        self._tallied = time.monotonic()
-
-    def _settle(self, result: Result, now: float, tally: Tally) -> Settled | None:
+    def _settle(self, result: Result, now: float) -> Settled | None:
         row = self._row(HELD_BY_RUN, {"seq": result.seq, "run": result.run})
         if row is None:
             return None
@@ -2729,26 +2727,24 @@ class Queue:
             "run_after": run_after, "last_error": error, "at": iso(now)})
         if row["unique_key"] and state in ENDED:
             self._execute(FREE_KEY, {"key": row["unique_key"], "seq": result.seq})
+        if result.output is not None:
+            self._execute("DELETE FROM output WHERE run = ?", (result.run,))
+            self._add_pieces(result.run, result.output)
         self._execute(SETTLE_RUN, result.__dict__)
-        counted = now // 60, row["queue"], result.outcome
-        runs, seconds = tally.get(counted, (0, 0.0))
-        tally[counted] = runs + 1, seconds + result.seconds
-        awakened = {row["queue"]: 1} if state == "pending" else {}
+        self._execute(COUNT_RUN, {"minute": now // 60, "queue": row["queue"],
+                                  "outcome": result.outcome, "seconds": result.seconds})
+        awakened = [row["queue"]] if state == "pending" else []
         if state == "completed" and row["needed"]:
             self._execute(MEET_DEPENDANTS, {"seq": result.seq, "now": now, "at": iso(now)})
-            awakened = {queue: count for queue, count in
-                        self._rows(READY_DEPENDANTS, {"seq": result.seq})}
+            awakened = [row[0] for row in self._rows(READY_DEPENDANTS, {"seq": result.seq})]
         return Settled(state=state, run_after=run_after, awakened=awakened)
 
     def _claim(self, worker: str, lock: str, now: float) -> Claim | None:
-        find_next = NEXT_OF_EVERY_QUEUE if self._serves_every else NEXT_OF_SERVED
-        row = self._row(find_next, {"now": now})
-        if (row is None or row["due"]) and self._execute(MOVE_DUE, {"now": now}).rowcount:
-            row = self._row(find_next, {"now": now})
-        while row is not None and row["state"] != "pending":
-            # A program that has had this file open since before its upgrade changes `state` only.
-            self._execute(MEND_HOLD, {"seq": row["seq"]})
-            row = self._row(find_next, {"now": now})
+        row = self._next(now)
+        if row is None or row["due"]:
+            self._execute(CAP_RETRIES, {"now": now})
+            if self._execute(MOVE_DUE, {"now": now}).rowcount:
+                row = self._next(now)
         if row is None:
             return None
         settings = {key: SETTINGS[key].default if row[key] is None else float(row[key])
@@ -2765,25 +2761,55 @@ class Queue:
             timeout=settings["job_timeout"] if row["timeout"] is None else row["timeout"],
             output_limit=int(settings["output_limit"]))
 
+    def _next(self, now: float) -> sqlite3.Row | None:
+        row = self._row(NEXT_OF_ALL if self._serves_every else NEXT_OF_SERVED, {"now": now})
+        if row is not None and row["held"]:
+            row = self._row(NEXT_OF_OTHERS, {"now": now})
+        return row
+
+    def add_output(self, run: int, pieces: Iterable[tuple[int, bytes]],
+                   missing: tuple[int, int]) -> None:
+        """Add what a run has printed since, while it goes on, and forget what stands within
+        `missing` now. Needs no fsync: if it is lost, so is the run."""
+        with self._transaction(sync=False):
+            self._add_pieces(run, pieces)
+            self._execute(CUT_OUTPUT, {"run": run, "first": missing[0], "last": missing[1]})
+
+    def _add_pieces(self, run: int, pieces: Iterable[tuple[int, bytes]]) -> None:
+        self._execute(ADD_OUTPUT, [{"run": run, "start": start, "data": data}
+                                   for start, data in pieces], many=True)
+
     def cancel_requested(self, claim: Claim) -> bool:
         return bool(self._value("SELECT cancel FROM jobs WHERE seq = ? AND run = ?",
                                 (claim.seq, claim.run)))
 
     def next_due(self) -> float | None:
         """When (epoch seconds) the next job for later is due."""
-        due: float | None = self._value(NEXT_DUE)
+        due: float | None = self._value(NEXT_DUE, {"now": time.time()})
         return due
 
     def work_left(self, supervisor: str) -> bool:
-        """Whether --drain has to go on: a job of the served queues is ready, or runs under
-        this supervisor, or waits for a retry."""
+        """Whether --drain has to go on where nothing is ready: a job of the served queues runs
+        under this supervisor, or waits for a retry."""
         return bool(self._value(WORK_LEFT, {"every": self._serves_every,
                                             "supervisor": supervisor}))
 
-    def fold_stats(self, now: float) -> None:
-        with self._transaction():
-            for statement in FOLD_STATS:
-                self._execute(statement, {"minute": now // 60 - 61})
+    def housekeeping(self, last: int) -> tuple[int, int]:
+        """One prune_step() of completed jobs past keep_completed; in its last one, minutes that
+        no rate asks for any more become one row per outcome."""
+        keep, deleted = self.settings()["keep_completed"], 0
+        if keep:
+            last, deleted = self.prune_step(("completed",), time.time() - keep, last)
+            self.give_back_space(1 if deleted else 0)
+        else:
+            last = 0
+        minute = {"minute": time.time() // 60 - 61}
+        if not last and self._value("SELECT 1 FROM stats WHERE minute BETWEEN 1 AND :minute",
+                                       minute):
+            with self._transaction():
+                for statement in FOLD_STATS:
+                    self._execute(statement, minute)
+        return last, deleted
 
     # Rescue.
 
@@ -2826,83 +2852,16 @@ class Queue:
         for file in files:
             owner, _, kind = file.partition(".")
             path = os.path.join(self.folder, file)
-            if kind == "out":
-                if not self._rows("SELECT 1 FROM runs WHERE run = ? AND outcome IS NULL", (owner,)):
-                    remove(path)
-            elif owner in dead and kind == "lock":
-                sweep(path)
-            elif owner in dead and (kind == "bell" or kind.isdigit()):
+            if owner in dead and kind == "lock":
+                with contextlib.suppress(BlockingIOError):
+                    release(path, hold(path, patience=0))
+            elif owner in dead and kind in ("bell", "run0", "run1"):
                 remove(path)
 
 
 def total(queues: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     """The sum of what counts_by_queue() returns."""
     return {state: sum(row[state] for row in queues.values()) for state in STATES + VIEWS}
-
-
-class _Batch:
-    """What one enqueue_many has stored so far."""
-
-    def __init__(self) -> None:
-        self.first = 0
-        self.ready: dict[str, int] = {}  # queue: jobs that wait for nothing but their time
-        self.notes: list[str] = []
-        self.instead: dict[int, str] = {}  # number of a row: the id that counts instead
-        self.waiting: list[tuple[str, str, str]] = []  # (id, after, place)
-
-    def add(self, row: tuple[Any, ...], place: str) -> None:
-        if row[AFTER]:
-            self.waiting.append((row[ID], row[AFTER], place))
-        if row[HOLD] != BLOCKED:  # who sleeps must hear of a job for later, too
-            self.count_ready(row[QUEUE])
-
-    def count_ready(self, queue: str) -> None:
-        self.ready[queue] = self.ready.get(queue, 0) + 1
-
-
-class _Spool:
-    """Rows, in chunks of PAGE. All but the first chunks wait in a temporary file."""
-
-    IN_MEMORY = 10
-
-    def __init__(self) -> None:
-        self._chunks: list[list[NewRow]] = [[]]
-        self._file: IO[bytes] | None = None
-        self._length = 0
-
-    def __del__(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def __len__(self) -> int:
-        return self._length
-
-    def add(self, row: NewRow) -> None:
-        self._chunks[-1].append(row)
-        self._length += 1
-        if len(self._chunks[-1]) == PAGE:
-            if len(self._chunks) > self.IN_MEMORY:
-                import marshal
-                import tempfile
-                try:
-                    self._file = self._file or tempfile.TemporaryFile()
-                    data = marshal.dumps(self._chunks.pop())  # load(file) reads byte by byte
-                    self._file.write(len(data).to_bytes(8, "big") + data)
-                except OSError as error:
-                    raise QueueError("cannot write a temporary file: %s" % error.strerror) from None
-            self._chunks.append([])
-
-    def __iter__(self) -> Iterator[list[NewRow]]:
-        yield from self._chunks[:self.IN_MEMORY]
-        if self._file is not None:
-            import marshal
-            self._file.seek(0)
-            while True:
-                size = int.from_bytes(self._file.read(8), "big")
-                if not size:
-                    break
-                yield marshal.loads(self._file.read(size))
-        yield from self._chunks[self.IN_MEMORY:]
 
 
 def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
@@ -2931,25 +2890,10 @@ def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[
     return row
 
 
-def _uri(path: str) -> str:
-    """The URI by which SQLite opens a file, special characters and all."""
-    for character, escape in (("%", "%25"), ("?", "%3f"), ("#", "%23")):
-        path = path.replace(character, escape)
-    return "file:" + (path if os.sep == "/" else "/" + path.replace("\\", "/"))
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
 # -- runner -------------------------------------------------------------------------------
 
-LIVE_DELAY = 0.02  # seconds after which a run's output goes to a file that others can follow
-RECORD_DELAY = 0.003  # seconds after which a run's process group is recorded; most are over
-LIVE_RING = 1024 ** 2  # bytes of output that this file holds
+LIVE_DELAY = 0.1  # seconds between two looks at what a run has printed, for others to follow
+LIVE_MOST = 1024 ** 2  # bytes that are shown of it at a time
 CHUNK = 65536  # bytes read from a job's pipe at once; a pipe holds no more
 
 
@@ -2963,6 +2907,7 @@ class Output:
         self._last = limit - self._first
         self._head = bytearray()
         self._tail = bytearray()
+        self._seen = 0  # see fresh
 
     def feed(self, data: bytes) -> None:
         self.total += len(data)
@@ -2974,83 +2919,27 @@ class Output:
         if len(self._tail) > 2 * self._last:
             del self._tail[:len(self._tail) - self._last]
 
-    def parts(self) -> tuple[bytes, int, bytes]:
-        """(head, number of bytes missing, tail)."""
+    def kept(self) -> list[tuple[int, bytes]]:
+        """What is kept, as pieces: pairs of a place and the bytes from there on."""
         tail = bytes(self._tail[max(0, len(self._tail) - self._last):])
-        return bytes(self._head), self.total - len(self._head) - len(tail), tail
+        start = self.total - len(tail)
+        if start == len(self._head):
+            return [(0, bytes(self._head) + tail)] if self.total else []
+        return [(0, bytes(self._head)), (start, tail)]
 
-    def kept(self) -> bytes:
-        """The kept bytes, with a line between the parts that says how much is missing."""
-        head, missing, tail = self.parts()
-        return head + (missing and b"\n[queuectl: %d bytes are not kept (output_limit)]\n"
-                       % missing or b"") + tail
+    def missing(self) -> tuple[int, int]:
+        """Between which places nothing is kept."""
+        return self._first, max(self._first, self.total - self._last)
 
+    def fresh(self) -> list[tuple[int, bytes]]:
+        """What is kept of the bytes that have come since the last call, and is not too much."""
+        seen, self._seen = max(self._seen, self.total - LIVE_MOST), self.total
+        return [(max(start, seen), data[max(0, seen - start):])
+                for start, data in self.kept() if start + len(data) > seen]
 
-class LiveOutput:
-    """The output of a run that is going on, in a file for others to follow: a ring of
-    LIVE_RING bytes behind a header (first valid position, end position). The writer puts the
-    bytes down before the header; the reader discards what may have been overwritten while
-    it read. For comfort only: where the disk is full, it stays behind."""
-
-    HEADER = 32
-
-    def __init__(self, fd: int, first: int = 0) -> None:
-        self._fd = fd
-        self._first = self.position = first
-
-    @classmethod
-    def create(cls, path: str, output: Output) -> LiveOutput:
-        """Start a file with what has been kept so far. OSError."""
-        head, missing, tail = output.parts()
-        live = cls(create_file(path), len(head) + missing if missing else 0)
-        live.write(tail if missing else head + tail)
-        return live
-
-    def write(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):
-            while data:
-                offset = self.position % LIVE_RING
-                part = data[:LIVE_RING - offset]
-                write_at(self._fd, part, self.HEADER + offset)
-                self.position += len(part)
-                data = data[len(part):]
-            write_at(self._fd, b"%015d %015d\n" % (self._first, self.position), 0)
-
-    def read(self) -> tuple[bytes, int]:
-        """(bytes since the last read, how many before them were missed)."""
-        first, end = self._header()
-        start = max(self.position, first, end - LIVE_RING)
-        data = b""
-        while start + len(data) < end:
-            offset = (start + len(data)) % LIVE_RING
-            part = read_at(self._fd, min(end - start - len(data), LIVE_RING - offset),
-                            self.HEADER + offset)
-            if not part:
-                break
-            data += part
-        # The writer may be in the middle of a chunk that the header does not show yet.
-        safe = self._header()[1] + CHUNK - LIVE_RING
-        data = data[max(0, safe - start):]
-        start = max(start, min(safe, end))
-        missed, self.position = start - self.position, start + len(data)
-        return data, missed
-
-    def grown(self) -> bool:
-        return self._header()[1] > self.position
-
-    def _header(self) -> tuple[int, int]:
-        words = read_at(self._fd, self.HEADER, 0).split()
-        return (int(words[0]), int(words[1])) if len(words) == 2 else (0, 0)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def open_live_output(path: str) -> LiveOutput | None:
-    try:
-        return LiveOutput(os.open(path, os.O_RDONLY))
-    except OSError:
-        return None
+    def end(self, size: int) -> bytes:
+        """The last bytes, at most so many."""
+        return bytes((self._head + self._tail)[-size:])
 
 
 class Execution:
@@ -3058,93 +2947,95 @@ class Execution:
     else sleeps: step() whenever `child.fd` can be read, a child has ended, or the time is
     deadline(). Times are of time.monotonic()."""
 
-    def __init__(self, claim: Claim, command: str, env: Mapping[str, str], lock: RunLock,
-                 live_path: str, kill_grace: float) -> None:
+    def __init__(self, claim: Claim, command: str, env: Mapping[str, str],
+                 lock: RunLock) -> None:
         self.claim = claim
         self.child: Child | None = None
         self.shortage = False  # whether this machine, not the command, kept it from starting
         self.reading = False  # whether child.fd is open and not at its end
-        self._grace = kill_grace
-        self._live_path = live_path
-        self._live: LiveOutput | None = None
-        self._live_at = time.monotonic() + LIVE_DELAY
+        self._show_at = time.monotonic() + LIVE_DELAY
         self._output = Output(claim.output_limit)
+        self._unshown = False  # whether something has come since show_output
         self._outcome: str | None = None  # why it is being ended, if it is
         self._exit: tuple[int | None, int | None] | None = None
-        self._kill_at: float | None = None
-        self._look_at = math.inf
+        self._kill_at = self._look_at = math.inf
+        self._forced = False  # whether it has got a SIGKILL
         self._started = time.monotonic()
-        self._lock = lock
-        self._record_at = self._started + RECORD_DELAY
         self._timeout_at = self._started + claim.timeout if claim.timeout else math.inf
         try:
-            self.child = Child(command, claim.cwd, env, lock)
+            self.child = Child(command, claim.cwd, env, lock, claim.run)
             self.reading = True
         except (OSError, ValueError) as error:
-            self._error = self._cannot_start(error)
-            self.shortage = getattr(error, "errno", None) in SHORTAGES
-            self._timeout_at = self._started  # there is nothing to wait for
+            self._cannot_start(error)
 
-    def _cannot_start(self, error: Exception) -> str:
-        if isinstance(error, OSError) and self.claim.cwd and error.filename == self.claim.cwd:
-            return "cannot enter its folder %s: %s; make it, or enqueue with another --cwd" \
+    def _cannot_start(self, error: Exception) -> None:
+        """Its folder is the job's own fault, and so is a command or an environment that the
+        system finds too long. Whatever else it is, another worker may well start it."""
+        self._timeout_at = self._started  # there is nothing to wait for
+        self._error = "cannot start: %s" % error
+        self.shortage = isinstance(error, OSError) and error.errno != errno.E2BIG
+        if isinstance(error, OSError) and error.errno not in SHORTAGES \
+                and self.claim.cwd and error.filename == self.claim.cwd:
+            self._error = "cannot enter its folder %s: %s; make it, or enqueue with another --cwd" \
                 % (self.claim.cwd, error.strerror)
-        return "cannot start: %s" % error
+            self.shortage = False
 
     def deadline(self) -> float:
         """When step() has to be called, whatever happens until then."""
-        live = self._live_at if self._output.total and not self._live else math.inf
-        return min(self._timeout_at, self._look_at, live, self._record_at,
-                   math.inf if self._kill_at is None else self._kill_at)
+        return min(self._timeout_at, self._look_at, self._kill_at,
+                   self._show_at if self._unshown else math.inf)
 
     def end(self, outcome: str) -> None:
         """End the command, unless that has begun: SIGTERM, after the grace SIGKILL."""
         if self._outcome is None and self.child is not None and self._exit is None \
                 and self.child.poll() is None:  # or it has ended by itself just now
-            self._outcome = outcome
-            self._timeout_at = math.inf
-            self._kill_at = time.monotonic() + self._grace
-            self.child.terminate(force=False)
+            self._escalate(self.child, outcome)
+
+    def _escalate(self, child: Child, outcome: str) -> None:
+        self._outcome = outcome
+        self._timeout_at = math.inf
+        self._kill_at = time.monotonic() + self.claim.kill_grace
+        child.terminate(force=False)
 
     def step(self, readable: bool = True) -> Result | None:
         """Do what can be done without waiting; the Result once the run is over."""
         child, now = self.child, time.monotonic()
         if child is None:
-            return self._result("interrupted" if self.shortage else "failed", self._error,
-                                None, None)
+            return self._result("interrupted" if self.shortage else "failed", self._error)
         if readable:
             self._read(child)
-        if self._exit is None:
-            succeeded = child.poll()
-            if succeeded is None:
-                self._go_live(now)
-                if now >= self._record_at:
-                    self._lock.record(self.claim.run, child.pid)
-                    self._record_at = math.inf
-                self._hurry(child, now)
-                return None
-            self._read(child)  # what it wrote before it ended
-            if self._outcome is None and not succeeded:
-                child.terminate(force=False)  # what is left of its group; the leader is a zombie
-                self._outcome = "failed"
-                self._timeout_at = math.inf
-                self._kill_at = now + self._grace
-            self._exit = child.reap()
-            self._record_at = math.inf
-        if self._outcome is not None and child.tree_alive():
-            self._hurry(child, now)
-            self._look_at = now + 0.02
-            return None
-        exit_code, signum = self._exit
-        outcome = self._outcome or "completed"
-        return self._result(outcome, self._reason(outcome), exit_code, signum)
-
-    def _hurry(self, child: Child, now: float) -> None:
         if now >= self._timeout_at:
             self.end("timeout")
-        if self._kill_at is not None and now >= self._kill_at:
+        succeeded = child.poll() if self._exit is None else None
+        if succeeded is not None:
+            self._read(child)  # what it wrote before it ended
+            if self._outcome is None and not succeeded:
+                self._escalate(child, "failed")  # what is left of its group; it is a zombie
+            self._exit = child.reap()
+        if self._outcome is None:
+            return None if self._exit is None else self._result("completed", None)
+        return self._end_group(child, now)
+
+    def _end_group(self, child: Child, now: float) -> Result | None:
+        """It is being ended: the run is over when nobody of its group is left. Whom we may not
+        signal, since he has become another user's, is left after the grace, and named."""
+        if now >= self._kill_at:
             child.terminate(force=True)
+            self._forced = True
             self._kill_at = now + 0.1  # again: it may have been forking
+        if self._exit is None and not self._forced:
+            return None
+        left = child.survivors()
+        if self._exit is None and child.pid not in left \
+                or any(not (self._forced and not_ours(pid)) for pid in left):
+            self._look_at = now + 0.02
+            return None
+        assert self._outcome is not None
+        error = self._reason(self._outcome)
+        if left:
+            error += "; process %d goes on: it has become another user's (setuid), and only he " \
+                "can end it" % left[0]
+        return self._result(self._outcome, error)
 
     def _read(self, child: Child) -> None:
         for _ in range(4 if self.reading else 0):  # then it is others' turn, however much it prints
@@ -3155,42 +3046,33 @@ class Execution:
                 self.reading = False
                 break
             self._output.feed(data)
-            if self._live:
-                self._live.write(data)
+            self._unshown = True
             if len(data) < CHUNK:
                 break
 
-    def _go_live(self, now: float) -> None:
-        """Let others follow the output of a run that takes its time."""
-        if self._live is None and self._output.total and now >= self._live_at:
-            try:
-                self._live = LiveOutput.create(self._live_path, self._output)
-            except OSError:  # a full disk
-                self._live_at = now + 1
+    def show_output(self, add: Callable[[int, list[tuple[int, bytes]], tuple[int, int]], None]) \
+            -> None:
+        """Let others follow the output of a run that takes its time: `add` stores it."""
+        if self._unshown and time.monotonic() >= self._show_at:
+            self._show_at = time.monotonic() + LIVE_DELAY
+            self._unshown = False
+            add(self.claim.run, self._output.fresh(), self._output.missing())
 
-    def _reason(self, outcome: str) -> str | None:
-        assert self._exit is not None
-        if outcome == "completed":
-            return None
+    def _reason(self, outcome: str) -> str:
         if outcome == "failed":
-            return exit_error(*self._exit, self._output.parts()[2] or self._output.parts()[0])
+            assert self._exit is not None
+            return exit_error(*self._exit, self._output.end(2000))
         return {"timeout": "timed out after %s (--timeout of the job, or the setting job_timeout)"
                            % format_duration(self.claim.timeout),
                 "cancelled": "cancelled while it ran",
-                "interrupted": "ended by a stop of its worker"}.get(outcome)
+                "interrupted": "ended by a stop of its worker"}[outcome]
 
-    def _result(self, outcome: str, error: str | None, exit_code: int | None,
-                signum: int | None) -> Result:
+    def _result(self, outcome: str, error: str | None) -> Result:
         seconds = time.monotonic() - self._started
+        exit_code, signum = self._exit or (None, None)
         return Result(run=self.claim.run, seq=self.claim.seq, outcome=outcome, error=error,
                       exit_code=exit_code, signal=signum, output=self._output.kept(),
                       finished_at=self.claim.started_at + seconds, seconds=seconds)
-
-    def discard_live(self) -> None:
-        """Remove the live file, once the result that holds the output is stored."""
-        if self._live:
-            self._live.close()
-            remove(self._live_path)
 
 
 # -- workers ------------------------------------------------------------------------------
@@ -3204,24 +3086,26 @@ class Execution:
 #           supervisor at once when its child dies, `worker start` first of all, each
 #           worker every second. The rescuer ends what is left of the process tree, then
 #           settles the run as `lost`. If two rescue, the fence of settle lets one win.
-#   Orders  come from the supervisor through a pipe, as levels that only rise: RUN, DRAIN
-#           (finish the job, then exit), NOW (end the job, put it back). The pipe's end means
-#           that the supervisor is dead: DRAIN. `worker stop` leaves the same levels in the
-#           table `workers` and rings the bells. Only the supervisor judges signals, because
-#           one Ctrl-C reaches every process of the terminal, and a closed window sends two
-#           SIGHUPs.
-#   Bells   are hints. Whatever a lost one should have told is found within TICK.
+#   Orders  are levels that only rise: RUN, DRAIN (finish the job, then exit), NOW (end the
+#           job, put it back). They stand in the lock files, as their sizes: a worker follows
+#           its own and its supervisor's, whose free lock means DRAIN. Only the supervisor
+#           judges signals, because one Ctrl-C reaches every process of the terminal, and a
+#           closed window sends two SIGHUPs.
+#   Bells   are hints: somebody has written something that concerns you. Whatever a lost one
+#           should have told is found within TICK, by one clock for each process.
+#
+# A process sleeps in one place, Worker._sleep or Supervisor._wait. What it owes to others is done
+# there, once a TICK, whether it is idle or its jobs follow one another at once.
 
 TICK = 1.0 if BELLS else 0.05  # seconds after which a sleeper looks around unasked
+RESCUE_PAUSE = 0.02  # seconds between two looks at a tree that is being ended, at first
 HOUSEKEEPING = 60.0  # seconds between two looks for completed jobs past keep_completed
 SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
-LONGEST_REST = 5.0  # seconds between two looks of `wait`
-PATIENCE = 3.0  # seconds after which `worker stop` says for whom it waits
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
 SETTLED_IN = 2.0  # seconds that a worker must have lived for its death not to count as "keeps"
 FATAL = 3  # exit code of a worker which no replacement can help
 MOST_LEFTOVERS = 200  # pipes of ended jobs that a worker goes on draining
-LOG_PATIENCE = 1.0  # seconds for which a log line waits for who reads stderr
+LOG_PATIENCE = 1.0  # seconds for which a log line waits for who reads it
 LOG_LIMIT = 1024 ** 2  # bytes of a log file before it is moved to NAME.1
 
 
@@ -3235,6 +3119,7 @@ class StartOptions(Record):
     via: str | None
     quiet: bool
     log: str | None
+    name: str  # of the supervisor
     identity: str | None = None  # of the database, once it has been seen
 
     def open(self, durable: bool = True) -> Queue:
@@ -3242,14 +3127,13 @@ class StartOptions(Record):
 
 
 class Log:
-    """A line per event, on stderr or in a file of bounded size. Whoever reads stderr may stand
+    """A line per event, on stderr or in a file of bounded size. Whoever reads it may stand
     still (less, Ctrl-S): that must not stop the jobs, so lines are dropped then."""
 
     def __init__(self, options: StartOptions, who: str) -> None:
         self._path = options.log
         self._quiet = options.quiet
         self._who = who
-        self._fd = 2
         self._dropped = 0
 
     def event(self, text: str) -> None:
@@ -3261,83 +3145,125 @@ class Log:
                         time.localtime)
         line = "%s %s: %s\n" % (stamp, self._who, printable(text))
         with contextlib.suppress(OSError):  # a terminal that has been closed
-            if self._path:
-                self._open(self._path)
-            elif not writable(self._fd, 0 if self._dropped else LOG_PATIENCE):
-                self._dropped += 1
-                return
-            if self._dropped:
-                line = "(%d lines were dropped)\n%s" % (self._dropped, line)
-                self._dropped = 0
-            os.write(self._fd, line.encode("utf-8", "replace"))
+            fd = open_log(self._path) if self._path else 2
+            try:
+                if not writable(fd, 0 if self._dropped else LOG_PATIENCE):
+                    self._dropped += 1
+                    return
+                if self._dropped:
+                    line = "(%d lines were dropped)\n%s" % (self._dropped, line)
+                    self._dropped = 0
+                os.write(fd, line.encode("utf-8", "replace"))
+            finally:
+                if self._path:
+                    os.close(fd)
 
-    def _open(self, path: str) -> None:
-        if self._fd != 2 and same_file(self._fd, path):
-            if os.fstat(self._fd).st_size < LOG_LIMIT:
-                return
+
+def open_log(path: str) -> int:
+    """Open a log to add to it, once it has made room for a new one. What is no regular file
+    (/dev/null, a FIFO) is not moved. OSError."""
+    fd = create_file(path, os.O_APPEND)
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_size >= LOG_LIMIT and same_file(fd, path):
+        os.close(fd)  # or Windows would not let it go
+        with contextlib.suppress(OSError):
             os.replace(path, path + ".1")
-        if self._fd != 2:
-            os.close(self._fd)
-            self._fd = 2
-        self._fd = create_file(path, os.O_APPEND)
+        fd = create_file(path, os.O_APPEND)
+    return fd
 
 
-def rescue(queue: Queue, note: Callable[[str], None], patient: bool = True) -> int:
-    """Take back the jobs of dead workers: end their process trees, then settle them as lost.
-    A job whose tree may be alive, and cannot be proven to be its, stays as it is. How many.
-    Who is not `patient` does not wait for the end of a tree, and looks again later."""
-    count = 0
-    for row in queue.orphans():
-        doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"], row["id"],
-                         patient=patient and not row["error"])
+class Rescuer:
+    """Takes back the jobs of dead workers: ends what is left of their process trees, then settles
+    their runs as lost. Looks once a TICK, and soon again while a tree is dying. A job whose tree
+    may be alive, and cannot be proven to be its, or does not die, stays as it is.
+
+    A tree is gone when nothing of it was seen twice: one that forks may be missed by a listing
+    of processes, and one that begins another program has no environment for an instant."""
+
+    def __init__(self) -> None:
+        self.next_look = 0.0  # time.monotonic()
+        self.dying = False  # whether it has to look again soon
+        self._pause = 0.0
+        self._unseen: set[int] = set()  # runs of which nothing was seen the last time
+
+    def look(self, queue: Queue, note: Callable[[str], None]) -> int:
+        """How many jobs were taken back now. QueueError."""
+        self.dying, self.next_look = False, time.monotonic() + TICK
+        try:
+            rows = queue.orphans()
+            self._unseen.intersection_update(row["run"] for row in rows)
+            count = sum(self._take_back(queue, row, note) for row in rows)
+        except OSError as error:
+            kind = DatabaseUnavailable if error.errno in SHORTAGES else QueueError
+            raise kind("cannot look for dead workers: %s" % error) from None
+        self._pause = min(TICK, 2 * self._pause or RESCUE_PAUSE) if self.dying else 0.0
+        if self.dying:
+            self.next_look = time.monotonic() + self._pause
+        return count
+
+    def _take_back(self, queue: Queue, row: sqlite3.Row, note: Callable[[str], None]) -> bool:
+        dying, doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"],
+                                run_name(queue, row["run"]))
+        if dying and self._pause >= TICK:
+            doubt = "process %d, which does not die," % dying[0]
         if doubt:
             queue.doubt(row["run"], "its worker died, and %s may be running it still" % doubt)
-            continue
-        output = Output(1024 ** 2)
-        live = open_live_output(queue.live_output(row["run"]))
-        if live:
-            output.feed(live.read()[0])
-            live.close()
+        if dying or doubt:
+            self._unseen.discard(row["run"])
+            self.dying |= bool(dying)
+            return False
+        if row["run"] not in self._unseen:
+            self._unseen.add(row["run"])
+            self.dying = True
+            return False
         now = time.time()
         settled, _ = queue.turn(Result(
             run=row["run"], seq=row["seq"], outcome="lost", exit_code=None, signal=None,
-            error="its worker died while it ran", output=output.kept(), finished_at=now,
+            error="its worker died while it ran", output=None, finished_at=now,
             seconds=max(0.0, now - row["started_at"])), None)
         if settled:
-            count += 1
-            remove(queue.live_output(row["run"]))
             note("job %s: its worker %s died; the job is %s"
                  % (row["id"], row["worker"], settled.state))
-    return count
+        return settled is not None
+
+    def finish(self, queue: Queue, note: Callable[[str], None]) -> None:
+        """Look until no tree is dying any more: for who does not come back. Takes a second."""
+        until = time.monotonic() + 1
+        self.look(queue, note)
+        while self.dying and time.monotonic() < until:
+            time.sleep(self._pause)
+            self.look(queue, note)
+
+
+def run_name(queue: Queue, run: int) -> str:
+    """By what the processes of a run are known, in RUN_VARIABLE."""
+    return "%s/%d" % (queue.identity, run)
 
 
 class Worker:
     """One worker process: claims, runs and settles jobs until it is told to stop."""
 
-    def __init__(self, options: StartOptions, supervisor: str, slot: int, orders: Any) -> None:
+    def __init__(self, options: StartOptions, slot: int, name: str) -> None:
         self._options = options
-        self._supervisor = supervisor
         self._slot = slot
-        self._orders = orders
-        self._name = new_id()
+        self._name = name
         self._level = RUN
         self._log = Log(options, "worker %d" % slot)
         self._leftovers: dict[int, Child] = {}  # pipes that outlived their job: drained, too
-        self._next_keeping = self._next_rescue = 0.0
-        self._kept_until = 0
+        self._rescuer = Rescuer()
+        self._next_look = 0.0  # when it looks around, whatever happens: once a TICK
+        self._rung = False  # whether something may have changed since _work looked
         self._complaints: set[str] = set()
-        self._rung = False
-        self._able = True  # whether the last turn had a lock for a next job
 
     def main(self) -> int:
         """Work until told to stop; the exit code of the process."""
-        clean_slate()
+        close_inherited()
+        reset_signals()
         self._waiter = Waiter()
         for name in ("SIGINT", "SIGHUP"):  # the supervisor's business
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda signum, frame: None)
-        signal.signal(signal.SIGTERM, lambda signum, frame: self._raise_level(DRAIN))
-        self._waiter.watch(self._orders.fileno())
+        signal.signal(signal.SIGTERM, lambda signum, frame: self._follow(DRAIN))
         self._env = dict(os.environ)
         os.chdir(os.sep)
         try:
@@ -3361,9 +3287,9 @@ class Worker:
         self._bell = Bell(queue.bell_path(self._name))
         self._waiter.watch(self._bell.fd)
         self._lock = RunLock(os.path.join(queue.folder, self._name))
-        self._lock.renew()
         queue.serve(self._options.queues)
-        queue.register(self._name, self._supervisor, self._slot, 0, self._options.queues)
+        queue.register(self._name, self._options.name, self._slot, 0, self._options.queues)
+        self._look_around()
 
     def _leave(self) -> None:
         """Forget this worker, but for what a run that it could not settle needs: that is left
@@ -3378,73 +3304,60 @@ class Worker:
         remove(queue.bell_path(self._name))
         release(queue.lock_path(self._name), self._held)
 
-    def _raise_level(self, level: int) -> None:
-        self._level = max(self._level, level)
+    def _follow(self, order: int) -> None:
+        self._level = max(self._level, order)
 
     def _work(self) -> None:
         result: Result | None = None
-        execution: Execution | None = None
-        awaited = True  # whether this turn follows a sleep
         while True:
+            self._rung = False
             claim = self._turn(result)
-            if execution is not None:
-                execution.discard_live()
             if claim is not None:
-                if awaited:
-                    self._queue.wake(None, 1)  # two rings may have met one bell
-                awaited = False
-                self._keep_house()
-                self._look_after_others()
-                execution, result = self._run(claim)
+                result = self._run(claim)
                 continue
-            execution = result = None
+            result = None
             if self._level != RUN or (self._options.drain
-                                      and not self._queue.work_left(self._supervisor)):
+                                      and not self._queue.work_left(self._options.name)):
                 return
             self._idle()
-            awaited = True
 
     def _turn(self, result: Result | None) -> Claim | None:
-        """Settle and claim. Where the database cannot be written now, the result is kept and
-        tried again until it can."""
-        # Once: the next time, what the run to settle now has left locked is removed.
-        self._able = self._level == RUN and self._new_lock()
-        failed = False
+        """Settle a result, and claim the next job, if there is one and this worker goes on.
+        Where the machine is short of something, it tries again every TICK: a result is
+        kept until it is stored, and is stored also where no next job could be locked."""
+        lock = ""
         while True:
+            if not lock and self._level == RUN:
+                try:
+                    lock = self._lock.renew()
+                except OSError as error:
+                    self._complain("cannot lock a file for the next job: %s" % error)
+            wanted = self._name if lock and self._level == RUN else None
             try:
-                settled, claim = self._queue.turn(
-                    result, self._name if self._able and self._level == RUN else None,
-                    self._lock.name)
+                settled, claim = self._queue.turn(result, wanted, lock)
             except DatabaseUnavailable as error:
                 self._complain("%s; trying again every second" % error)
                 if self._level == NOW:
                     raise
-                failed = True
-                self._look_around()
-                self._pause()
-                continue
-            if failed:
-                self._log.warn("that works again")
-            if self._able and self._level == RUN:
-                self._complaints.clear()
-            if result is not None:
-                self._tell(result, settled)
-            return claim
-
-    def _new_lock(self) -> bool:
-        """Have a lock for a next run. A result must be settled also where that fails."""
-        try:
-            self._lock.renew()
-            return True
-        except OSError as error:
-            self._complain("cannot lock a file for the next job: %s" % error)
-            return False
+            else:
+                if result is not None:
+                    self._tell(result, settled)
+                    result = None
+                if wanted or self._level != RUN:
+                    self._recovered()
+                    return claim
+            self._pause()
 
     def _complain(self, text: str) -> None:
         """Warn, but only once until something has succeeded again."""
         if text not in self._complaints:
             self._log.warn(text)
         self._complaints.add(text)
+
+    def _recovered(self) -> None:
+        if self._complaints:
+            self._complaints.clear()
+            self._log.warn("that works again")
 
     def _tell(self, result: Result, settled: Settled | None) -> None:
         if settled is not None and self._options.quiet:
@@ -3465,24 +3378,15 @@ class Worker:
                 self._job, {"pending": "is put back"}.get(settled.state, settled.state), took,
                 result.error))
 
-    def _run(self, claim: Claim) -> tuple[Execution, Result]:
+    def _run(self, claim: Claim) -> Result:
         """Run a claimed job to its end."""
         self._job = claim.id
         if not self._options.quiet:
             self._log.event("job %s started (attempt %d of %d)" % (
                 claim.id, claim.attempts, max(claim.attempts, claim.max_retries)))
-        env = dict(self._env, PWD=claim.cwd or os.sep)
-        env.update(claim.env)
-        env.update(QUEUECTL_JOB_ID=claim.id, QUEUECTL_ATTEMPT=str(claim.attempts),
-                   QUEUECTL_MAX_RETRIES=str(claim.max_retries), QUEUECTL_QUEUE=claim.queue,
-                   QUEUECTL_WORKER=str(self._slot), QUEUECTL_DB=self._queue.path)
-        command = claim.command
-        if self._options.via:
-            env["QUEUECTL_COMMAND"] = command
-            command = self._options.via
         self._waiter.forget()  # above all, the end of the job before
-        execution = Execution(claim, command, env, self._lock,
-                              self._queue.live_output(claim.run), claim.kill_grace)
+        execution = Execution(claim, self._options.via or claim.command, self._environment(claim),
+                              self._lock)
         child = execution.child
         if child is not None:
             self._waiter.watch(child.fd)
@@ -3493,60 +3397,57 @@ class Worker:
             while execution.step() is None:
                 self._waiter.wait(0.05)
             raise
-        if execution.shortage:
-            while self._leftovers:  # each of them holds a descriptor
-                self._close_pipe(self._leftovers.popitem()[1])
-            self._pause()
         if child is not None:
             child.close()
             if execution.reading:  # somebody in the background still writes to it
                 self._leftovers[child.fd] = child
                 if len(self._leftovers) > MOST_LEFTOVERS:
-                    self._close_pipe(self._leftovers.pop(next(iter(self._leftovers))))
-        return execution, result
+                    self._let_go(next(iter(self._leftovers)))
+        elif execution.shortage:
+            for fd in list(self._leftovers):  # each of them holds a descriptor
+                self._let_go(fd)
+            self._pause()
+        return result
+
+    def _environment(self, claim: Claim) -> dict[str, str]:
+        env = dict(self._env, PWD=claim.cwd or os.sep)
+        env.update(claim.env)
+        env.update({RUN_VARIABLE: run_name(self._queue, claim.run)}, QUEUECTL_JOB_ID=claim.id,
+                   QUEUECTL_ATTEMPT=str(claim.attempts),
+                   QUEUECTL_MAX_RETRIES=str(claim.max_retries), QUEUECTL_QUEUE=claim.queue,
+                   QUEUECTL_WORKER=str(self._slot), QUEUECTL_DB=self._queue.path)
+        if self._options.via:
+            env["QUEUECTL_COMMAND"] = claim.command
+        return env
 
     def _attend(self, execution: Execution) -> Result:
-        child, look_at = execution.child, time.monotonic() + TICK
-        watched = execution.reading
+        """Sleep and step until the command has ended."""
+        child, watched, looked = execution.child, execution.reading, self._next_look
         while True:
             if self._level == NOW:
                 execution.end("interrupted")
-            ready = self._sleep(min(execution.deadline(), look_at))
+            ready = self._sleep(execution.deadline())
             result = execution.step(child is not None and child.fd in ready)
             if child is not None and watched and not execution.reading:
                 self._close_pipe(child)
                 watched = False
             if result is not None:
                 return result
-            if self._rung or time.monotonic() >= look_at:
-                look_at = time.monotonic() + TICK
-                self._look_around()
-                with contextlib.suppress(DatabaseUnavailable):
+            with contextlib.suppress(DatabaseUnavailable), self._queue.impatient():
+                if self._rung or looked != self._next_look:
+                    self._rung, looked = False, self._next_look
                     if self._queue.cancel_requested(execution.claim):
                         execution.end("cancelled")
-                self._look_after_others()
+                execution.show_output(self._queue.add_output)
 
     def _idle(self) -> None:
-        """Sleep until a claim is worth trying. As long as the database does not change, only what
-        tells of the death of other workers is read again."""
-        queue = self._queue
+        """Sleep until a claim is worth trying."""
         os.chdir(os.sep)
-        due, due_known = None, False
-        while self._level == RUN:
+        while self._level == RUN and not self._rung:
             try:
-                self._keep_house()
-                if not due_known:
-                    due, due_known = queue.next_due(), True
-                wait = TICK if due is None else min(TICK, max(0.0, due - time.time()))
-                until = time.monotonic() + wait
-                while not self._rung and self._level == RUN and time.monotonic() < until:
-                    self._sleep(until)
-                rescued, rung = self._rescue(), self._rung
-                if rung or queue.changed() or (due is not None and due <= time.time()):
-                    self._look_around()
-                    return
-                self._check_files()
-                if rescued or not self._able:
+                due = self._queue.next_due()
+                self._sleep(math.inf if due is None else time.monotonic() + due - time.time())
+                if due is not None and due <= time.time() or self._queue.changed():
                     return
             except DatabaseUnavailable:
                 self._pause()
@@ -3557,138 +3458,95 @@ class Worker:
         while self._level == level and time.monotonic() < until:
             self._sleep(until)
 
-    def _look_after_others(self) -> None:
-        """What a busy worker does, too, but must not let its own job wait for."""
-        if time.monotonic() >= self._next_rescue:
-            with contextlib.suppress(DatabaseUnavailable), self._queue.impatient():
-                self._rescue(patient=False)
-                self._queue.store_counts()
-
-    def _rescue(self, patient: bool = True) -> bool:
-        """Take back the jobs of dead workers; every TICK, however busy this worker is."""
-        if time.monotonic() < self._next_rescue:
-            return False
-        self._next_rescue = time.monotonic() + TICK
-        try:
-            return rescue(self._queue, self._log.warn, patient) > 0
-        except OSError as error:
-            if error.errno not in SHORTAGES:
-                raise
-            self._complain("cannot look for dead workers: %s" % error)
-            return False
-
     def _sleep(self, until: float) -> list[int]:
-        """Sleep in the one place where this process waits, until something happens. Returns
-        the descriptors that can be read; notes in `_rung` whether a bell or an order came."""
-        ready = self._waiter.wait(min(until, self._queue.sync_at) - time.monotonic())
+        """Sleep in the one place where this process waits, until something happens: the
+        descriptors that can be read. What is due meanwhile is done here. QueueError: the
+        database is gone."""
+        ready = self._waiter.wait(min(
+            until, self._queue.sync_at, self._next_look,
+            self._rescuer.next_look if self._rescuer.dying else math.inf) - time.monotonic())
         for fd in ready:
             if fd == self._bell.fd:
                 self._bell.clear()
                 self._rung = True
-            if fd == self._orders.fileno() or fd == -1:
-                self._hear_orders()
-            if fd in self._leftovers:
-                data = self._leftovers[fd].read()
-                if data is not None and not data:
-                    self._close_pipe(self._leftovers.pop(fd))
-        if time.monotonic() >= self._queue.sync_at:
+            elif fd in self._leftovers and self._leftovers[fd].read() == b"":
+                self._let_go(fd)
+        now = time.monotonic()
+        if now >= self._queue.sync_at:
             try:
-                self._queue.sync()
+                if self._queue.sync() >= WAL_LIMIT:
+                    self._queue.ring(self._options.name)  # to checkpoint
             except DatabaseUnavailable as error:
                 self._complain(str(error))
+        tick = now >= self._next_look
+        if tick:
+            self._next_look = now + TICK
+        if tick or self._rung:
+            self._look_around()
+        if tick or self._rescuer.dying and now >= self._rescuer.next_look:
+            # Its own job must not wait for that.
+            with contextlib.suppress(DatabaseUnavailable), self._queue.impatient():
+                self._rung |= self._rescuer.look(self._queue, self._log.warn) > 0
         return ready
+
+    def _look_around(self) -> None:
+        """See whether the database and the lock are in place, and what is ordered. QueueError."""
+        leader = self._queue.lock_path(self._options.name)
+        try:
+            self._queue.check_in_place()
+            if not same_file(self._held, self._queue.lock_path(self._name)):
+                raise QueueError("%s has been deleted; stopping" % self._queue.folder)
+            self._follow(max(os.fstat(self._held).st_size, _size(leader)))
+            if not is_held(leader):
+                self._follow(DRAIN)
+        except OSError as error:
+            if error.errno not in SHORTAGES:
+                raise
+            self._complain("cannot look for orders: %s" % error)
+
+    def _let_go(self, fd: int) -> None:
+        child = self._leftovers.pop(fd)
+        self._close_pipe(child)
+        child.close()
 
     def _close_pipe(self, child: Child) -> None:
         if child.fd >= 0:
             self._waiter.unwatch(child.fd)
             os.close(child.fd)
 
-    def _hear_orders(self) -> None:
-        try:
-            while self._orders.poll():
-                self._raise_level(self._orders.recv_bytes()[0])
-                self._rung = True
-        except (EOFError, OSError):  # the supervisor is dead
-            self._raise_level(DRAIN)
-            self._waiter.unwatch(self._orders.fileno())
 
-    def _look_around(self) -> None:
-        """See what a bell, or a lost one, should have told. QueueError: the file is gone."""
-        self._rung = True  # until it has been read
-        self._check_files()
-        with contextlib.suppress(DatabaseUnavailable):
-            self._raise_level(self._queue.ordered(self._name))
-            self._rung = False
-
-    def _check_files(self) -> None:
-        """QueueError if the database, or the folder beside it, has been deleted or replaced."""
-        self._queue.check_in_place()
-        if not same_file(self._held, self._queue.lock_path(self._name)):
-            raise QueueError("%s has been deleted; stopping" % self._queue.folder)
-
-    def _keep_house(self) -> None:
-        """Delete completed jobs past their time: a small step now and then, so that it never
-        holds the writer lock for long."""
-        if time.monotonic() < self._next_keeping:
-            return
-        queue, now = self._queue, time.time()
-        reached: int | None = None
-        deleted = 0
-        self._next_keeping = time.monotonic() + HOUSEKEEPING
-        with contextlib.suppress(QueueError):  # whatever is wrong, it must not cost a job
-            keep = queue.settings()["keep_completed"]
-            if keep:
-                reached, deleted = queue.prune_some(("completed",), now - keep, self._kept_until)
-                queue.give_back_space(1)
-            self._kept_until = reached or 0
-            if reached is None:
-                queue.fold_stats(now)
-            if deleted:
-                self._next_keeping = time.monotonic() + 0.05
+def _worker_main(options: StartOptions, slot: int, name: str) -> None:
+    """The worker process."""
+    sys.exit(Worker(options, slot, name).main())
 
 
-def _worker_main(options: StartOptions, supervisor: str, slot: int, orders: Any,
-                 inherited: Sequence[Any]) -> None:
-    """The worker process. `inherited` are the supervisor's ends of the order pipes: as long
-    as a copy is open, the supervisor's death cannot be seen."""
-    for pipe in inherited:
-        pipe.close()
-    sys.exit(Worker(options, supervisor, slot, orders).main())
+class Seat(Record):
+    """A slot of the supervisor: its process, and its deaths."""
 
-
-def process_context() -> Any:
-    """Where worker processes come from: a fork, if no connection would cross it."""
-    if safe_to_fork():
-        return Fork
-    import multiprocessing
-    return multiprocessing.get_context("spawn")
-
-
-class _Seat:
-    """A slot of the supervisor: its process, the pipe for its orders, and its deaths."""
-
-    def __init__(self) -> None:
-        self.process: Any = None
-        self.orders: Any = None
-        self.started = 0.0
-        self.deaths = 0
-        self.replace_at: float | None = None
+    process: Any = None
+    name: str = ""
+    started: float = 0.0
+    deaths: int = 0
+    replace_at: float = math.inf
 
 
 class Supervisor:
-    """Starts the workers, judges signals, and replaces workers that die. It keeps no
-    database connection: none may cross the forks to come."""
+    """Starts the workers, judges signals, replaces workers that die, and keeps the database in
+    order. It keeps no database connection: none may cross the forks to come."""
 
     def __init__(self, options: StartOptions) -> None:
+        import multiprocessing
         self._options = options
-        self._context = process_context()
-        self._name = new_id()
+        self._context: Any = multiprocessing.get_context("fork" if safe_to_fork() else "spawn")
         self._log = Log(options, "queuectl")
         self._level = RUN
         self._failed = False
         self._signals: list[tuple[int, float]] = []
         self._first_signal: float | None = None
-        self._seats = {slot: _Seat() for slot in range(1, options.count + 1)}
+        self._seats = {slot: Seat() for slot in range(1, options.count + 1)}
+        self._rescuer = Rescuer()
+        self._next_checkpoint = self._next_keeping = 0.0
+        self._kept_until = 0  # how far the look for completed jobs past their time has come
 
     def run(self) -> int:
         """Work until stopped; the exit code. QueueError where it cannot start."""
@@ -3696,7 +3554,7 @@ class Supervisor:
         names = ["SIGINT", "SIGTERM", "SIGHUP"]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             names.pop()  # nohup
-        clean_slate()
+        reset_signals()
         self._waiter = Waiter()
         before = {}
         for name in names:
@@ -3722,15 +3580,16 @@ class Supervisor:
         return 1 if self._failed else 0
 
     def _enter(self) -> None:
+        name = self._options.name
+        require_safe(self._options.path)
         with self._options.open() as queue:
-            queue.require_safe()
-            self._options.identity = queue.identity()
-            self._lock_path = queue.lock_path(self._name)
-            self._bell_path = queue.bell_path(self._name)
+            self._options.identity = queue.identity
+            self._lock_path = queue.lock_path(name)
+            self._bell_path = queue.bell_path(name)
             self._held, self._bell = hold(self._lock_path), Bell(self._bell_path)
-            rescue(queue, self._log.warn)
+            self._rescuer.look(queue, self._log.warn)
             queue.sweep()
-            queue.register(self._name, self._name, 0, self._options.count, self._options.queues)
+            queue.register(name, name, 0, self._options.count, self._options.queues)
         self._waiter.watch(self._bell.fd)
         self._log.event("%d worker%s on %s%s; Ctrl-C or `worker stop` ends %s" % (
             self._options.count, "s" * (self._options.count > 1), self._options.path,
@@ -3739,38 +3598,40 @@ class Supervisor:
 
     def _leave(self) -> None:
         with contextlib.suppress(QueueError), self._options.open() as queue:
-            queue.unregister(self._name)
+            if self._rescuer.dying:
+                self._rescuer.finish(queue, self._log.warn)
+            queue.unregister(self._options.name)
         remove(self._bell_path)
         release(self._lock_path, self._held)
         self._waiter.close()
 
     def _start(self, slot: int) -> None:
-        """OSError where there is no process, or no descriptor, to be had."""
+        """OSError where there is no process to be had."""
         seat = self._seats[slot]
-        theirs, ours = self._context.Pipe(duplex=False)
-        inherited = [ours] + [other.orders for other in self._seats.values() if other.orders]
+        seat.name = new_id()
+        seat.process = self._context.Process(
+            target=_worker_main, args=(self._options, slot, seat.name))
         try:
-            process = self._context.Process(
-                target=_worker_main, args=(self._options, self._name, slot, theirs,
-                                           inherited if self._context is Fork else ()))
-            process.start()
+            seat.process.start()
         except OSError:
-            ours.close()
+            seat.process = None
             raise
-        finally:
-            theirs.close()
-        seat.process, seat.orders = process, ours
         seat.started = time.monotonic()
-        seat.replace_at = None
+        seat.replace_at = math.inf
 
     def _wait(self) -> None:
-        pauses = [seat.replace_at for seat in self._seats.values() if seat.replace_at is not None]
-        until = min(pauses) - time.monotonic() if pauses else 3600.0
-        ready = self._waiter.wait(min(until, TICK) if pauses else until)
-        if self._bell.fd in ready or -1 in ready or pauses:
+        """Sleep until a child has died, a signal or an order has come, or something is due."""
+        until = min(time.monotonic() + TICK, min(seat.replace_at for seat in self._seats.values()),
+                    self._rescuer.next_look if self._rescuer.dying else math.inf)
+        if self._bell.fd in self._waiter.wait(until - time.monotonic()):
             self._bell.clear()
-            with contextlib.suppress(QueueError), self._options.open() as queue:
-                self._order(queue.ordered(self._name))
+        self._order(os.fstat(self._held).st_size)
+        now = time.monotonic()
+        if self._rescuer.dying and now >= self._rescuer.next_look:
+            self._rescue()
+        if self._level == RUN and (now >= self._next_keeping or now >= self._next_checkpoint
+                                   and _size(self._options.path + "-wal") >= WAL_LIMIT):
+            self._keep_in_order()
 
     def _judge_signals(self) -> None:
         while self._signals:
@@ -3783,12 +3644,13 @@ class Supervisor:
                 self._order(NOW)
 
     def _order(self, level: int) -> None:
+        """Follow an order, and let the workers follow it: they read it from our lock file."""
         if level <= self._level:
             return
         self._level = level
-        self._tell(level)  # before anybody can read of it
         with contextlib.suppress(OSError):
-            os.ftruncate(self._held, level)  # so that others see it: see Queue.workers()
+            os.ftruncate(self._held, level)
+        self._ring()
         self._log.event("ending the jobs and putting them back" if level == NOW else
                         "finishing the current jobs" if self._first_signal is None else
                         "finishing the current jobs; a second signal ends them")
@@ -3796,28 +3658,26 @@ class Supervisor:
             if seat.process is None:
                 del self._seats[slot]
 
-    def _tell(self, level: int) -> None:
+    def _ring(self) -> None:
+        folder = os.path.dirname(self._lock_path)
         for seat in self._seats.values():
-            if seat.orders is not None:
-                with contextlib.suppress(OSError):
-                    seat.orders.send_bytes(bytes([level]))
+            ring(os.path.join(folder, seat.name + ".bell"))
 
     def _reap(self) -> None:
         for slot, seat in list(self._seats.items()):
             code = seat.process.exitcode if seat.process is not None else None
             if code is None:
                 continue
-            seat.orders.close()
-            seat.process = seat.orders = None
+            seat.process = None
             if code in (0, FATAL):
-                self._seats.pop(slot, None)
-                self._tell(self._level)  # with --drain, the others may be done now
+                del self._seats[slot]
+                self._ring()  # with --drain, the others may be done now
                 if code == FATAL:
                     self._failed = True
                     self._order(DRAIN)
                 elif self._level == RUN and self._seats:  # --ensure must not count on it
                     with contextlib.suppress(QueueError), self._options.open() as queue:
-                        queue.set_count(self._name, len(self._seats))
+                        queue.set_count(self._options.name, len(self._seats))
                 continue
             self._log.warn("worker %d died (%s)" % (
                 slot, "exit code %d" % code if code > 0 else exit_error(None, -code, b"")))
@@ -3831,29 +3691,49 @@ class Supervisor:
             pause = min(LONGEST_PAUSE, 0.05 * 2 ** min(seat.deaths, 10)) if seat.deaths > 1 else 0.0
             seat.replace_at = time.monotonic() + pause
         if os.getpid() == 1:
-            bury_strangers({seat.process.pid for seat in self._seats.values()
+            reap_strangers({seat.process.pid for seat in self._seats.values()
                             if seat.process is not None})
 
     def _rescue(self) -> None:
+        """Take back what a dead child has left. (Otherwise the workers look.)"""
         try:
             with self._options.open() as queue:
-                rescue(queue, self._log.warn)
+                self._rescuer.look(queue, self._log.warn)
                 queue.sweep()
-        except (DatabaseUnavailable, OSError) as error:  # a worker will do it
+        except DatabaseUnavailable as error:  # a worker will do it
             self._log.warn(str(error))
         except QueueError as error:
             self._log.warn(str(error))
             self._failed = True
             self._order(DRAIN)
 
+    def _keep_in_order(self) -> None:
+        """Checkpoint, and delete completed jobs past their time: in small steps, so that this
+        never holds the writer lock, nor a signal, for long."""
+        now, deleted = time.monotonic(), 0
+        self._next_checkpoint = now + TICK / 2  # a slow reader may keep the -wal file long
+        with contextlib.suppress(QueueError), self._options.open() as queue:
+            queue.checkpoint()
+            if now >= self._next_keeping:
+                self._next_keeping = now + TICK
+                self._kept_until, deleted = queue.housekeeping(self._kept_until)
+                self._next_keeping = now + (
+                    0.05 if deleted else TICK if self._kept_until else HOUSEKEEPING)
+
     def _replace(self) -> None:
         for slot, seat in self._seats.items():
-            if seat.replace_at is not None and time.monotonic() >= seat.replace_at:
+            if time.monotonic() >= seat.replace_at:
                 try:
                     self._start(slot)
                 except OSError as error:  # no process, no descriptor: there may be again
                     self._log.warn("cannot start worker %d: %s" % (slot, error))
                     seat.replace_at = time.monotonic() + LONGEST_PAUSE
+
+
+# -- clients ------------------------------------------------------------------------------
+
+LONGEST_REST = 5.0  # seconds between two looks of `wait`
+PATIENCE = 3.0  # seconds after which `worker stop` says for whom it waits
 
 
 def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str | None,
@@ -3878,7 +3758,7 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str |
                              ", which runs %s" % info.job if info.job else "")
                 for info in sorted(left, key=lambda info: -info.slot)))
         time.sleep(0.01)
-    rescue(queue, lambda text: None)
+    Rescuer().finish(queue, lambda text: None)
     return sum(info.slot > 0 for info in found)
 
 
@@ -3918,80 +3798,76 @@ def _await_change(queue: Queue, until: float = math.inf, rest: float = 0.0) -> N
 
 
 def _follow_run(queue: Queue, run: int, live: bool) -> Iterator[bytes]:
-    source: LiveOutput | None = None
-    try:
-        while True:
-            output = queue.output(run)
-            source = source or open_live_output(queue.live_output(run))
-            if source is None and output is not None:
-                yield output
-                return
-            if source is not None:
-                data, missed = source.read()
-                if missed:
-                    yield b"\n[queuectl: %d bytes were missed]\n" % missed
-                if data:
-                    yield data
-            if output is not None or not live:
-                return
-            until = time.monotonic() + TICK
-            while time.monotonic() < until and not queue.changed():
-                time.sleep(0.02)
-                if source is not None and source.grown():
-                    break
-    finally:
-        if source is not None:
-            source.close()
-
-
-def require_log(path: str) -> None:
-    try:
-        os.close(create_file(path, os.O_APPEND))
-    except OSError as error:
-        raise QueueError("cannot write the log %s: %s" % (path, error.strerror)) from None
+    seen = 0
+    while True:
+        pieces, ended = queue.pieces(run, seen)
+        data, seen = join_pieces(pieces, seen)
+        if data:
+            yield data
+        if ended or not live:
+            return
+        _await_change(queue)
 
 
 def start_detached(options: StartOptions, ensure: bool) -> tuple[int, str]:
     """Start workers in the background, and return once they run: (how many, their log).
     With `ensure`, only those that are missing to make `count` for this choice of queues; two
     who ensure at once take turns, so that the second sees the workers of the first."""
-    import subprocess
+    require_safe(options.path)
     with Queue(options.path) as queue:
-        queue.require_safe()
         log = options.log or os.path.join(queue.folder, "worker.log")
         require_log(log)
-        with exclusive(os.path.join(queue.folder, "ensure")):
+        turns = os.path.join(queue.folder, "ensure")
+        try:
+            fd = hold(turns, BUSY_BUDGET)
+        except BlockingIOError:
+            raise QueueError("another process has held %s for 30 s" % turns) from None
+        try:
             count = options.count
             if ensure:
                 served = sorted(set(options.queues)) or None
                 count -= sum(info.count for info in queue.workers(supervisors=True)
                              if not info.slot and info.queues == served and not info.stop)
-            if count <= 0:
-                return 0, log
-            words = [sys.executable, os.path.abspath(__file__), "--db", queue.path,
-                     "worker", "start", "--count", str(count), "--log", log]
-            words += ["--drain"] * options.drain + ["--quiet"] * options.quiet
-            words += ["--queue=" + name for name in options.queues]
-            words += ["--via=" + options.via] if options.via else []
-            errors = create_file(log, os.O_APPEND)
-            try:
-                process = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                    cwd=os.sep, start_new_session=True,
-                    creationflags=getattr(subprocess, "DETACHED_PROCESS", 0))  # Windows
-            finally:
-                os.close(errors)
-            while process.poll() is None:
-                workers = queue.workers(supervisors=True)
-                leader = [info.name for info in workers if info.pid == process.pid]
-                running = sum(info.slot > 0 and info.supervisor in leader for info in workers)
-                if running >= (1 if options.drain else count):  # of those, some may be done already
-                    process.returncode = 0  # ours no longer: no warning that it still runs
-                    return count, log
-                time.sleep(0.01)
-            if options.drain and process.returncode == 0:
-                return count, log
-            raise QueueError("the workers did not start; %s says why" % log)
+            if count > 0:
+                _start_supervisor(queue, options, count, log)
+            return max(count, 0), log
+        finally:
+            release(turns, fd)
+
+
+def require_log(path: str) -> None:
+    try:
+        os.close(open_log(path))
+    except OSError as error:
+        raise QueueError("cannot write the log %s: %s" % (path, error.strerror)) from None
+
+
+def _start_supervisor(queue: Queue, options: StartOptions, count: int, log: str) -> None:
+    """Start `count` workers in the background; returns once they run. QueueError."""
+    import subprocess
+    words = [sys.executable, os.path.abspath(__file__), "--db", queue.path, "worker", "start",
+             "--count", str(count), "--log", log, "--name", options.name]
+    words += ["--drain"] * options.drain + ["--quiet"] * options.quiet
+    words += ["--queue=" + name for name in options.queues]
+    words += ["--via=" + options.via] if options.via else []
+    env = dict(os.environ)
+    env.pop(RUN_VARIABLE, None)  # a job that starts workers is not what they are part of
+    errors = open_log(log)
+    try:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+            cwd=os.sep, env=env, start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))  # Windows
+    finally:
+        os.close(errors)
+    while process.poll() is None:
+        running = sum(info.supervisor == options.name for info in queue.workers())
+        if running >= (1 if options.drain else count):  # of those, some may be done already
+            process.returncode = 0  # ours no longer: no warning that it still runs
+            return
+        time.sleep(0.01)
+    if process.returncode or not options.drain:
+        raise QueueError("the workers did not start; %s says why" % log)
 
 
 def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: str | None,
@@ -4000,9 +3876,9 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
     ended now. `tell` gets (done, failed, left) now and then. TimeoutExpired; QueueError for a job
     that does not exist, and where not all have completed."""
     until = math.inf if timeout is None else time.monotonic() + timeout
-    last, since = queue.last_seq(), time.time()
+    last = queue.wait_for_all()
     open_jobs = [queue.get(id).id for id in dict.fromkeys(ids) if id != own_job]
-    total = len(open_jobs) if ids else queue.progress(last, since, own_job)[0]
+    total = len(open_jobs) if ids else queue.progress(last, own_job)[0]
     failed, reasons = 0, []
     while True:
         looked = time.monotonic()
@@ -4016,7 +3892,7 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
                         reasons.append("%s is %s" % (id, job.view))
             left = len(open_jobs)
         else:
-            left, stuck, failed = queue.progress(last, since, own_job)
+            left, stuck, failed = queue.progress(last, own_job)
             left, failed = left - stuck, failed + stuck
         took = time.monotonic() - looked
         tell(total - left - failed, failed, left)
@@ -4509,19 +4385,13 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
         jobs = read_jobs(sys.stdin.buffer)
     else:
         jobs = read_file(args.file)
-    import itertools
     skipped: list[str] = []
     with Queue(args.db) as queue:
         try:
-            ids = queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), say)
+            queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), show_ids, say)
         except (OSError, ValueError) as error:
             raise QueueError("cannot read %s: %s" % (
                 args.file, getattr(error, "strerror", None) or error)) from None
-        while True:
-            page = list(itertools.islice(ids, PAGE))
-            if not page:
-                break
-            show_ids(page)
     if skipped:
         say("%d job%s skipped, which had ended already: %s" % (
             len(skipped), " was" if len(skipped) == 1 else "s were", " ".join(skipped[:5])))
@@ -4570,11 +4440,13 @@ def quoted(words: Sequence[str]) -> str:
            help="run every job through COMMAND, which finds it in $QUEUECTL_COMMAND"),
     option("--quiet", action="store_true", help="no line per job"),
     option("--log", metavar="FILE", help="log to FILE, of bounded size, instead of stderr"),
+    option("--name", help=argparse.SUPPRESS),  # of the supervisor; see start_detached
     opens=False)
 def cmd_worker_start(args: argparse.Namespace) -> int:
     options = StartOptions(
         path=resolve_path(args.db), count=args.count, drain=args.drain, queues=args.queue,
-        via=args.via, quiet=args.quiet, log=args.log and os.path.abspath(args.log))
+        via=args.via, quiet=args.quiet, log=args.log and os.path.realpath(args.log),
+        name=args.name or new_id())
     if not (args.detach or args.ensure):
         if options.log:
             require_log(options.log)
@@ -4742,7 +4614,7 @@ def warn_of_no_worker(queue: Queue) -> None:
 def cmd_cancel(queue: Queue, args: argparse.Namespace) -> None:
     jobs = queue.cancel(args.id)
     if any(job.state == "processing" for job in jobs):
-        rescue(queue, lambda text: None)  # its worker may be dead
+        Rescuer().finish(queue, lambda text: None)  # its worker may be dead
     for job in jobs:
         if queue.get(job.id).state == "processing":
             say("job %s is being ended" % job.id)

@@ -633,9 +633,10 @@ class StorageCase(Case):
     def claim(self, queue, worker="w-1"):
         return queue.turn(None, worker)[1]
 
-    def result(self, claim, outcome="completed", **fields):
+    def result(self, claim, outcome="completed", output=b"", **fields):
         return queuectl.Result(**dict(
-            dict(run=claim.run, seq=claim.seq, outcome=outcome, output=b"",
+            dict(run=claim.run, seq=claim.seq, outcome=outcome,
+                 output=[(0, output)] if output else [],
                  exit_code=0 if outcome == "completed" else 1, signal=None,
                  error=None if outcome == "completed" else outcome,
                  finished_at=time.time(), seconds=0.0), **fields))
