@@ -254,6 +254,20 @@ class Settled(Record):
     awakened: list[str]
 
 
+class StartOptions(Record):
+    """What `worker start` was asked for."""
+
+    path: str
+    count: int
+    drain: bool
+    queues: list[str]
+    via: str | None
+    quiet: bool
+    log: str | None
+    name: str  # of the supervisor
+    identity: str | None = None  # of the database, once it has been seen
+
+
 JOB_KEYS = tuple(key for key in Job.__annotations__
                  if key not in ("seq", "hold", "run", "run_after", "cancel"))
 RUN_KEYS = tuple(key for key in Run.__annotations__ if key not in ("run", "number"))
@@ -663,6 +677,8 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 
 FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
 BELLS = sys.platform != "win32"  # where there are FIFOs
+TICK = 1.0 if BELLS else 0.05  # seconds after which a sleeper looks around unasked
+LOG_LIMIT = 1024 ** 2  # bytes of a log file before it is moved to NAME.1
 
 
 def same_file(fd: int, path: str) -> bool:
@@ -690,6 +706,19 @@ def give_order(path: str, order: int) -> None:
                 os.ftruncate(fd, order)
         finally:
             os.close(fd)
+
+
+def open_log(path: str) -> int:
+    """Open a log to add to it, once it has made room for a new one. What is no regular file
+    (/dev/null, a FIFO) is not moved. OSError."""
+    fd = create_file(path, os.O_APPEND)
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_size >= LOG_LIMIT and same_file(fd, path):
+        os.close(fd)  # or Windows would not let it go
+        with contextlib.suppress(OSError):
+            os.replace(path, path + ".1")
+        fd = create_file(path, os.O_APPEND)
+    return fd
 
 
 if sys.platform == "win32":
@@ -2213,6 +2242,9 @@ def _size(path: str) -> int:
 
 # -- queue --------------------------------------------------------------------------------
 
+RESCUE_PAUSE = 0.02  # seconds between two looks at a tree that is being ended, at first
+
+
 class Queue(Database):
     """A queue: one SQLite database, which is created on first use.
 
@@ -2890,6 +2922,74 @@ def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[
     return row
 
 
+class Rescuer:
+    """Takes back the jobs of dead workers: ends what is left of their process trees, then settles
+    their runs as lost. Looks once a TICK, and soon again while a tree is dying. A job whose tree
+    may be alive, and cannot be proven to be its, or does not die, stays as it is.
+
+    A tree is gone when nothing of it was seen twice: one that forks may be missed by a listing
+    of processes, and one that begins another program has no environment for an instant."""
+
+    def __init__(self) -> None:
+        self.next_look = 0.0  # time.monotonic()
+        self.dying = False  # whether it has to look again soon
+        self._pause = 0.0
+        self._unseen: set[int] = set()  # runs of which nothing was seen the last time
+
+    def look(self, queue: Queue, note: Callable[[str], None]) -> int:
+        """How many jobs were taken back now. QueueError."""
+        self.dying, self.next_look = False, time.monotonic() + TICK
+        try:
+            rows = queue.orphans()
+            self._unseen.intersection_update(row["run"] for row in rows)
+            count = sum(self._take_back(queue, row, note) for row in rows)
+        except OSError as error:
+            kind = DatabaseUnavailable if error.errno in SHORTAGES else QueueError
+            raise kind("cannot look for dead workers: %s" % error) from None
+        self._pause = min(TICK, 2 * self._pause or RESCUE_PAUSE) if self.dying else 0.0
+        if self.dying:
+            self.next_look = time.monotonic() + self._pause
+        return count
+
+    def _take_back(self, queue: Queue, row: sqlite3.Row, note: Callable[[str], None]) -> bool:
+        dying, doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"],
+                                run_name(queue, row["run"]))
+        if dying and self._pause >= TICK:
+            doubt = "process %d, which does not die," % dying[0]
+        if doubt:
+            queue.doubt(row["run"], "its worker died, and %s may be running it still" % doubt)
+        if dying or doubt:
+            self._unseen.discard(row["run"])
+            self.dying |= bool(dying)
+            return False
+        if row["run"] not in self._unseen:
+            self._unseen.add(row["run"])
+            self.dying = True
+            return False
+        now = time.time()
+        settled, _ = queue.turn(Result(
+            run=row["run"], seq=row["seq"], outcome="lost", exit_code=None, signal=None,
+            error="its worker died while it ran", output=None, finished_at=now,
+            seconds=max(0.0, now - row["started_at"])), None)
+        if settled:
+            note("job %s: its worker %s died; the job is %s"
+                 % (row["id"], row["worker"], settled.state))
+        return settled is not None
+
+    def finish(self, queue: Queue, note: Callable[[str], None]) -> None:
+        """Look until no tree is dying any more: for who does not come back. Takes a second."""
+        until = time.monotonic() + 1
+        self.look(queue, note)
+        while self.dying and time.monotonic() < until:
+            time.sleep(self._pause)
+            self.look(queue, note)
+
+
+def run_name(queue: Queue, run: int) -> str:
+    """By what the processes of a run are known, in RUN_VARIABLE."""
+    return "%s/%d" % (queue.identity, run)
+
+
 # -- runner -------------------------------------------------------------------------------
 
 LIVE_DELAY = 0.1  # seconds between two looks at what a run has printed, for others to follow
@@ -3097,8 +3197,6 @@ class Execution:
 # A process sleeps in one place, Worker._sleep or Supervisor._wait. What it owes to others is done
 # there, once a TICK, whether it is idle or its jobs follow one another at once.
 
-TICK = 1.0 if BELLS else 0.05  # seconds after which a sleeper looks around unasked
-RESCUE_PAUSE = 0.02  # seconds between two looks at a tree that is being ended, at first
 HOUSEKEEPING = 60.0  # seconds between two looks for completed jobs past keep_completed
 SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
@@ -3106,24 +3204,6 @@ SETTLED_IN = 2.0  # seconds that a worker must have lived for its death not to c
 FATAL = 3  # exit code of a worker which no replacement can help
 MOST_LEFTOVERS = 200  # pipes of ended jobs that a worker goes on draining
 LOG_PATIENCE = 1.0  # seconds for which a log line waits for who reads it
-LOG_LIMIT = 1024 ** 2  # bytes of a log file before it is moved to NAME.1
-
-
-class StartOptions(Record):
-    """What `worker start` was asked for."""
-
-    path: str
-    count: int
-    drain: bool
-    queues: list[str]
-    via: str | None
-    quiet: bool
-    log: str | None
-    name: str  # of the supervisor
-    identity: str | None = None  # of the database, once it has been seen
-
-    def open(self, durable: bool = True) -> Queue:
-        return Queue(self.path, durable=durable, expect=self.identity)
 
 
 class Log:
@@ -3159,85 +3239,8 @@ class Log:
                     os.close(fd)
 
 
-def open_log(path: str) -> int:
-    """Open a log to add to it, once it has made room for a new one. What is no regular file
-    (/dev/null, a FIFO) is not moved. OSError."""
-    fd = create_file(path, os.O_APPEND)
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode) and status.st_size >= LOG_LIMIT and same_file(fd, path):
-        os.close(fd)  # or Windows would not let it go
-        with contextlib.suppress(OSError):
-            os.replace(path, path + ".1")
-        fd = create_file(path, os.O_APPEND)
-    return fd
-
-
-class Rescuer:
-    """Takes back the jobs of dead workers: ends what is left of their process trees, then settles
-    their runs as lost. Looks once a TICK, and soon again while a tree is dying. A job whose tree
-    may be alive, and cannot be proven to be its, or does not die, stays as it is.
-
-    A tree is gone when nothing of it was seen twice: one that forks may be missed by a listing
-    of processes, and one that begins another program has no environment for an instant."""
-
-    def __init__(self) -> None:
-        self.next_look = 0.0  # time.monotonic()
-        self.dying = False  # whether it has to look again soon
-        self._pause = 0.0
-        self._unseen: set[int] = set()  # runs of which nothing was seen the last time
-
-    def look(self, queue: Queue, note: Callable[[str], None]) -> int:
-        """How many jobs were taken back now. QueueError."""
-        self.dying, self.next_look = False, time.monotonic() + TICK
-        try:
-            rows = queue.orphans()
-            self._unseen.intersection_update(row["run"] for row in rows)
-            count = sum(self._take_back(queue, row, note) for row in rows)
-        except OSError as error:
-            kind = DatabaseUnavailable if error.errno in SHORTAGES else QueueError
-            raise kind("cannot look for dead workers: %s" % error) from None
-        self._pause = min(TICK, 2 * self._pause or RESCUE_PAUSE) if self.dying else 0.0
-        if self.dying:
-            self.next_look = time.monotonic() + self._pause
-        return count
-
-    def _take_back(self, queue: Queue, row: sqlite3.Row, note: Callable[[str], None]) -> bool:
-        dying, doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"],
-                                run_name(queue, row["run"]))
-        if dying and self._pause >= TICK:
-            doubt = "process %d, which does not die," % dying[0]
-        if doubt:
-            queue.doubt(row["run"], "its worker died, and %s may be running it still" % doubt)
-        if dying or doubt:
-            self._unseen.discard(row["run"])
-            self.dying |= bool(dying)
-            return False
-        if row["run"] not in self._unseen:
-            self._unseen.add(row["run"])
-            self.dying = True
-            return False
-        now = time.time()
-        settled, _ = queue.turn(Result(
-            run=row["run"], seq=row["seq"], outcome="lost", exit_code=None, signal=None,
-            error="its worker died while it ran", output=None, finished_at=now,
-            seconds=max(0.0, now - row["started_at"])), None)
-        if settled:
-            note("job %s: its worker %s died; the job is %s"
-                 % (row["id"], row["worker"], settled.state))
-        return settled is not None
-
-    def finish(self, queue: Queue, note: Callable[[str], None]) -> None:
-        """Look until no tree is dying any more: for who does not come back. Takes a second."""
-        until = time.monotonic() + 1
-        self.look(queue, note)
-        while self.dying and time.monotonic() < until:
-            time.sleep(self._pause)
-            self.look(queue, note)
-
-
-def run_name(queue: Queue, run: int) -> str:
-    """By what the processes of a run are known, in RUN_VARIABLE."""
-    return "%s/%d" % (queue.identity, run)
+def open_queue(options: StartOptions, durable: bool = True) -> Queue:
+    return Queue(options.path, durable=durable, expect=options.identity)
 
 
 class Worker:
@@ -3267,7 +3270,7 @@ class Worker:
         self._env = dict(os.environ)
         os.chdir(os.sep)
         try:
-            with self._options.open(durable=False) as self._queue:
+            with open_queue(self._options, durable=False) as self._queue:
                 self._enter()
                 try:
                     self._work()
@@ -3582,7 +3585,7 @@ class Supervisor:
     def _enter(self) -> None:
         name = self._options.name
         require_safe(self._options.path)
-        with self._options.open() as queue:
+        with open_queue(self._options) as queue:
             self._options.identity = queue.identity
             self._lock_path = queue.lock_path(name)
             self._bell_path = queue.bell_path(name)
@@ -3597,7 +3600,7 @@ class Supervisor:
             "them" if self._options.count > 1 else "it"))
 
     def _leave(self) -> None:
-        with contextlib.suppress(QueueError), self._options.open() as queue:
+        with contextlib.suppress(QueueError), open_queue(self._options) as queue:
             if self._rescuer.dying:
                 self._rescuer.finish(queue, self._log.warn)
             queue.unregister(self._options.name)
@@ -3676,7 +3679,7 @@ class Supervisor:
                     self._failed = True
                     self._order(DRAIN)
                 elif self._level == RUN and self._seats:  # --ensure must not count on it
-                    with contextlib.suppress(QueueError), self._options.open() as queue:
+                    with contextlib.suppress(QueueError), open_queue(self._options) as queue:
                         queue.set_count(self._options.name, len(self._seats))
                 continue
             self._log.warn("worker %d died (%s)" % (
@@ -3697,7 +3700,7 @@ class Supervisor:
     def _rescue(self) -> None:
         """Take back what a dead child has left. (Otherwise the workers look.)"""
         try:
-            with self._options.open() as queue:
+            with open_queue(self._options) as queue:
                 self._rescuer.look(queue, self._log.warn)
                 queue.sweep()
         except DatabaseUnavailable as error:  # a worker will do it
@@ -3712,7 +3715,7 @@ class Supervisor:
         never holds the writer lock, nor a signal, for long."""
         now, deleted = time.monotonic(), 0
         self._next_checkpoint = now + TICK / 2  # a slow reader may keep the -wal file long
-        with contextlib.suppress(QueueError), self._options.open() as queue:
+        with contextlib.suppress(QueueError), open_queue(self._options) as queue:
             queue.checkpoint()
             if now >= self._next_keeping:
                 self._next_keeping = now + TICK
