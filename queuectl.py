@@ -108,11 +108,14 @@ HOLD_VIEWS = {SCHEDULED: "scheduled", RETRYING: "failed", BLOCKED: "blocked"}
 RUN, DRAIN, NOW = range(3)
 
 DEFAULT_QUEUE = "default"
+DEAD_JOB = "QUEUECTL_DEAD_JOB"  # in the environment of what on_dead enqueues
+DEAD_COMMAND_LIMIT = 32 * 1024  # characters: it has to fit the environment
 RUN_VARIABLE = "QUEUECTL_RUN"  # in a job's environment: <id of the database>/<run>
 EVERY_QUEUE = "*"  # among the paused ones
 PAGE = 1000  # rows a read transaction may last, so that no reader pins the WAL
 MAX_TEXT = 128 * 1024  # bytes; Linux's MAX_ARG_STRLEN, the limit for one argument
 MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z, the last second that ISO 8601 can name
+MAX_ISO = "9999-12-31T23:59:59.999Z"
 DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 SIZE_UNITS = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024,
@@ -122,8 +125,14 @@ SIZE_UNITS = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024,
 class Record:
     """A row. Its attributes are the annotated names of the subclass."""
 
+    KEYS: tuple[str, ...] = ()  # what as_dict() shows
+
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update(fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {key: getattr(self, key) for key in self.KEYS}
 
     def __repr__(self) -> str:
         inside = ", ".join("%s=%r" % field for field in self.__dict__.items())
@@ -131,12 +140,13 @@ class Record:
 
 
 class Job(Record):
-    """A job as `list --json` prints it (the names of JOB_KEYS), and what the queue knows of
-    it besides. Times are ISO 8601 in UTC; `timeout` is in seconds."""
+    """A job as `list --json` prints it, and what the queue knows of it besides. Times are
+    ISO 8601 in UTC; `timeout` is in seconds."""
 
     id: str
     command: str
     state: str
+    view: str  # the state as people see it: `failed`, `scheduled`, `blocked` are pending
     queue: str
     priority: int
     attempts: int
@@ -162,16 +172,6 @@ class Job(Record):
     run_after: float | None
     cancel: int
 
-    @property
-    def view(self) -> str:
-        """The state as people see it: `failed`, `scheduled` and `blocked` are pending."""
-        if self.state == "pending" and self.hold != READY:
-            return HOLD_VIEWS[self.hold]
-        return self.state
-
-    def as_dict(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in JOB_KEYS}
-
 
 class Run(Record):
     """One execution of a job. `number` counts the runs of this job from 1; `run` is unique
@@ -186,9 +186,6 @@ class Run(Record):
     signal: int | None
     outcome: str | None
     error: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in RUN_KEYS}
 
 
 class WorkerInfo(Record):
@@ -208,9 +205,7 @@ class WorkerInfo(Record):
     job: str | None
     job_started_at: str | None
     stop: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in WORKER_KEYS}
+    via: str | None
 
 
 class Claim(Record):
@@ -268,10 +263,9 @@ class StartOptions(Record):
     identity: str | None = None  # of the database, once it has been seen
 
 
-JOB_KEYS = tuple(key for key in Job.__annotations__
-                 if key not in ("seq", "hold", "run", "run_after", "cancel"))
-RUN_KEYS = tuple(key for key in Run.__annotations__ if key not in ("run", "number"))
-WORKER_KEYS = tuple(key for key in WorkerInfo.__annotations__ if key not in ("stop", "count"))
+for _record, _hidden in ((Job, ("seq", "hold", "run", "run_after", "cancel")),
+                         (Run, ("run", "number")), (WorkerInfo, ("stop", "count", "via"))):
+    _record.KEYS = tuple(key for key in _record.__annotations__ if key not in _hidden)
 
 
 def new_id() -> str:
@@ -323,6 +317,11 @@ def iso(epoch: float | None) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _second(form: str, epoch: int, zone: Callable[[float], time.struct_time] = time.gmtime) -> str:
     return time.strftime(form, zone(epoch))
+
+
+def local_time(epoch: float) -> str:
+    """A time for people: `2026-01-31 08:00:00 +0100`."""
+    return _second("%Y-%m-%d %H:%M:%S %z", int(epoch), time.localtime)
 
 
 def from_iso(text: str) -> float:
@@ -483,6 +482,11 @@ def parse_text(value: Any) -> str:
     return value
 
 
+def parse_command(value: Any) -> str:
+    """A command, or "" for `none`."""
+    return "" if value == "none" else parse_text(value)
+
+
 def parse_name(value: Any) -> str:
     """An id, the name of a queue, or a key: 1 to 255 printable characters, no blanks."""
     if not isinstance(value, str):
@@ -546,7 +550,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "after": parse_after,
     "unique": parse_name,
 }
-READ_ONLY_FIELDS = frozenset(JOB_KEYS) - frozenset(FIELDS) | {"runs", "run_after"}
+READ_ONLY_FIELDS = frozenset(Job.KEYS) - frozenset(FIELDS) | {"runs", "run_after"}
 
 
 def job_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -574,13 +578,20 @@ def job_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
+def starting_time(fields: Mapping[str, Any], now: float) -> float | None:
+    """When a job with these parsed fields may run, in epoch seconds; None: at once. QueueError."""
+    if "delay" in fields:
+        return from_epoch(now + fields["delay"])
+    return fields.get("run_at")
+
+
 class Setting(Record):
     """A setting: parse(text) checks and converts it, format(value) writes it for people."""
 
     name: str
-    default: float
-    parse: Callable[[Any], float]
-    format: Callable[[float], str]
+    default: Any
+    parse: Callable[[Any], Any]
+    format: Callable[[Any], str]
     help: str
 
 
@@ -599,6 +610,8 @@ SETTINGS = {name: Setting(name=name, default=default, parse=parse, format=form, 
      "bytes of output kept per run: the first quarter and the rest from the end"),
     ("keep_completed", 604800, parse_duration, format_duration,
      "time after which completed jobs are deleted; 0: never"),
+    ("on_dead", "", parse_command, lambda command: command or "none",
+     "command that is enqueued when a job dies, with QUEUECTL_DEAD_JOB in its environment"),
 )}
 
 
@@ -641,7 +654,7 @@ def join_pieces(pieces: Iterable[tuple[int, bytes]], seen: int) -> tuple[bytes, 
 
 
 def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now: float,
-               settings: Mapping[str, float]) -> tuple[str, int, int, float | None]:
+               settings: Mapping[str, Any]) -> tuple[str, int, int, float | None]:
     """The life of a job in one place: (state, hold, attempts, run_after) after a run.
 
     An interrupted run was ended for the operator's reasons, so it takes back its attempt.
@@ -901,6 +914,9 @@ if sys.platform == "win32":
 
     def reset_signals() -> None:
         pass
+
+    def open_descriptors() -> set[int]:
+        return set()
 
     def close_inherited() -> None:
         pass
@@ -1412,17 +1428,25 @@ else:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.signal(signal.SIGCHLD, lambda signum, frame: None)
 
+    def open_descriptors() -> set[int]:
+        """Those of this process."""
+        try:
+            fds = set(map(int, os.listdir("/dev/fd")))
+        except OSError:
+            fds = set(range(min(os.sysconf("SC_OPEN_MAX"), 4096)))
+        for fd in list(fds):
+            try:
+                os.fstat(fd)
+            except OSError:
+                fds.remove(fd)  # such as that of the look itself
+        return fds
+
     def close_inherited() -> None:
         """Close all but the standard descriptors: a worker has those of its supervisor, and of
         who started that, and its jobs should not find any of them."""
-        try:
-            fds = [int(fd) for fd in os.listdir("/dev/fd")]
-        except OSError:
-            fds = list(range(os.sysconf("SC_OPEN_MAX")))[:4096]
-        for fd in fds:
+        for fd in open_descriptors():
             if fd > 2:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+                os.close(fd)
 
     def reap_strangers(ours: set[int]) -> None:
         """As the first process of a container, reap what others have left behind."""
@@ -1477,6 +1501,7 @@ _WORKERS = """CREATE TABLE workers (
     count INTEGER NOT NULL,                     -- of a supervisor: its N
     pid INTEGER NOT NULL,
     queues TEXT,                                -- a JSON array; NULL: every queue
+    via TEXT,
     started_at TEXT NOT NULL) WITHOUT ROWID"""
 SCHEMA = (
     """CREATE TABLE jobs (
@@ -1576,6 +1601,8 @@ INCOMING = (
     "CREATE TEMP TABLE IF NOT EXISTS needed (number INTEGER, id TEXT)",
     "DELETE FROM temp.incoming", "DELETE FROM temp.needed",
 )
+INSERT_JOB = "INSERT INTO jobs (%s) VALUES (%s)" % (
+    _COLUMNS, ", ".join("?" * (_COLUMNS.count(",") + 1)))
 ADD_INCOMING = "INSERT INTO temp.incoming (%s, chosen, place, number) VALUES (%s)" % (
     _COLUMNS, ", ".join("?" * (_COLUMNS.count(",") + 4)))
 # The id of the job that has a row's unique key: one in the queue, or an earlier one of these.
@@ -1672,20 +1699,24 @@ NEXT_DUE = """
 # statement costs more than what it asks for here.
 RUN_SETTINGS = ("job_timeout", "kill_grace", "output_limit")
 PAUSED = "SELECT queue FROM queues WHERE paused"
+IN_USE = """(SELECT count(*) FROM runs JOIN jobs AS other ON other.seq = job
+    WHERE outcome IS NULL AND other.queue = queues.queue)"""
+HELD = "SELECT queue FROM queues WHERE paused OR job_limit <= " + IN_USE
 _CLAIM = """
     SELECT seq, id, command, attempts + 1 AS attempts, max_retries, timeout, queue, cwd, env, run,
         EXISTS (""" + IS_DUE + ") AS due, " + ", ".join(
             "(SELECT value FROM config WHERE key = '%s') AS %s" % (key, key)
             for key in RUN_SETTINGS) + """,
-        EXISTS (SELECT 1 FROM queues WHERE queue IN (jobs.queue, '*') AND paused) AS held
-    FROM jobs"""
+        EXISTS (SELECT 1 FROM queues WHERE queue IN (jobs.queue, '*')
+                AND (paused OR job_limit <= %s)) AS held
+    FROM jobs""" % IN_USE
 NEXT_OF_ALL = _CLAIM + " WHERE hold = 0 ORDER BY priority DESC, seq LIMIT 1"
 _NEXT_OF_QUEUES = _CLAIM + """ WHERE seq IN (
         SELECT (SELECT seq FROM jobs WHERE hold = 0 AND jobs.queue = served.queue
                 ORDER BY priority DESC, seq LIMIT 1)
         FROM served WHERE served.queue NOT IN (%s)
             AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused))
-    ORDER BY priority DESC, seq LIMIT 1""" % PAUSED
+    ORDER BY priority DESC, seq LIMIT 1""" % HELD
 NEXT_OF_OTHERS = """
     WITH RECURSIVE served(queue) AS (
         SELECT min(queue) FROM jobs WHERE hold = 0
@@ -1707,8 +1738,9 @@ START_RUN = """
     INSERT INTO runs (run, job, previous, worker, lock, started_at)
     VALUES (1 + %s, :seq, :previous, :worker, :lock, :now)""" % LAST_RUN
 HELD_BY_RUN = """
-    SELECT attempts, max_retries, cancel, queue, last_error, unique_key,
-        EXISTS (SELECT 1 FROM deps WHERE needs = :seq) AS needed
+    SELECT id, command, env, attempts, max_retries, cancel, queue, last_error, unique_key,
+        EXISTS (SELECT 1 FROM deps WHERE needs = :seq) AS needed,
+        EXISTS (SELECT 1 FROM queues WHERE queues.queue = jobs.queue AND job_limit) AS limited
     FROM jobs WHERE seq = :seq AND run = :run AND state = 'processing'"""  # the fence
 SETTLE_JOB = """
     UPDATE jobs SET state = :state, hold = :hold, attempts = :attempts,
@@ -1741,6 +1773,9 @@ FOLD_STATS = (  # minutes that no rate asks for any more become one row per outc
 )
 PAUSE = """
     INSERT INTO queues (queue, paused) VALUES (?, 1) ON CONFLICT (queue) DO UPDATE SET paused = 1"""
+SET_LIMIT = """
+    INSERT INTO queues (queue, job_limit) VALUES (:queue, :limit)
+    ON CONFLICT (queue) DO UPDATE SET job_limit = :limit"""
 RESUME = "UPDATE queues SET paused = 0 WHERE :queue IS NULL OR queue = :queue"
 SERVED_HERE = "(:every OR queue IN (SELECT queue FROM temp.served))"
 WORK_LEFT = """
@@ -1748,9 +1783,12 @@ WORK_LEFT = """
                    AND %(served)s AND worker IN
                    (SELECT name FROM workers WHERE supervisor = :supervisor))
         OR NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused)
-        AND EXISTS (SELECT 1 FROM jobs WHERE hold > 0 AND hold = 2
-                    AND %(served)s AND queue NOT IN (%(paused)s))
+        AND (EXISTS (SELECT 1 FROM jobs WHERE hold > 0 AND hold = 2
+                     AND %(served)s AND queue NOT IN (%(paused)s))
+          OR EXISTS (SELECT 1 FROM queues WHERE job_limit > 0 AND NOT paused AND %(served)s
+                     AND EXISTS (SELECT 1 FROM jobs WHERE hold = 0 AND jobs.queue = queues.queue)))
     """ % {"served": SERVED_HERE, "paused": PAUSED}
+OTHER_SLOTS = "SELECT name, slot FROM workers WHERE slot > 0 AND queues IS :queues"
 IDLE_WORKERS = """
     SELECT name, queues FROM workers WHERE slot > 0
         AND name NOT IN (SELECT worker FROM runs WHERE outcome IS NULL)"""
@@ -1762,12 +1800,19 @@ CANCEL_PENDING = """
     UPDATE jobs SET state = 'cancelled', hold = -2, updated_at = :at
     WHERE seq = :seq AND state = 'pending'"""
 CANCEL_RUNNING = "UPDATE jobs SET cancel = 1 WHERE seq = :seq AND state = 'processing'"
+EDIT_JOB = """
+    UPDATE jobs SET command = :command, queue = :queue, priority = :priority, timeout = :timeout,
+        max_retries = :max_retries, run_after = :run_after, hold = :hold, cwd = :cwd, env = :env,
+        updated_at = :at
+    WHERE seq = :seq"""
 RETRY_JOB = """
-    UPDATE jobs SET state = 'pending', hold = CASE WHEN unmet > 0 THEN 3 ELSE 0 END,
-        attempts = 0, run_after = NULL, last_error = NULL, updated_at = :at
-    WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
+    UPDATE jobs SET state = 'pending', attempts = 0, last_error = NULL, updated_at = :at,
+        hold = CASE WHEN unmet > 0 THEN 3 WHEN run_after > :now THEN 1 ELSE 0 END,
+        run_after = CASE WHEN run_after > :now THEN run_after END
+    WHERE seq = :seq AND state = :state"""
 # Jobs that have ended, that are past their time, and that no unfinished job waits for.
-_PRUNABLE = """state IN (%s) AND updated_at <= :before AND NOT EXISTS (
+_PRUNABLE = """state IN (%s) AND updated_at <= :before
+        AND (:queue IS NULL OR +queue = :queue) AND NOT EXISTS (
             SELECT 1 FROM deps JOIN jobs AS dependant ON dependant.seq = deps.job
             WHERE deps.needs = jobs.seq AND jobs.state != 'completed' AND dependant.unmet > 0)"""
 FIND_PRUNABLE = "SELECT seq, " + _PRUNABLE + """ AS prunable
@@ -1803,9 +1848,16 @@ COUNT_WAITING = """
 COUNT_WAITING_BY_QUEUE = """
     SELECT 'pending', hold, queue, count(*) FROM jobs WHERE hold > 0 AND hold = :hold
     GROUP BY queue"""
+STANDING_BEFORE = """
+    SELECT count(*) FROM jobs WHERE hold = 0 AND queue = :queue
+        AND (priority > :priority OR priority = :priority AND seq < :seq)"""
+RUNNING_IN = """
+    SELECT id FROM runs JOIN jobs ON seq = job WHERE outcome IS NULL AND queue = :queue
+    ORDER BY runs.run"""
 OLDEST_READY = """
     SELECT updated_at, run_after FROM jobs WHERE seq =
-        (SELECT min(+seq) FROM jobs WHERE hold = 0)"""
+        (SELECT min(+seq) FROM jobs WHERE hold = 0 AND queue NOT IN (%s)
+         AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused))""" % HELD
 TOUCH = "UPDATE config SET value = value WHERE key = 'database_id'"
 SELECT_IDENTITY = "SELECT value FROM config WHERE key = 'database_id'"
 SELECT_WORKERS = """
@@ -2406,6 +2458,7 @@ class Queue(Database):
     def _job(self, row: sqlite3.Row) -> Job:
         fields = dict(row)
         fields.update(
+            view=HOLD_VIEWS.get(row["hold"], row["state"]),
             env=self._json(row["env"]) or {}, after=(row["after"] or "").split(),
             unique=row["unique_key"], run_at=iso(row["run_after"]),
             started_at=iso(row["started_at"]), finished_at=iso(row["finished_at"]))
@@ -2466,6 +2519,14 @@ class Queue(Database):
     def stuck(self, job: Job) -> bool:
         """Whether a job can never run as things are: one that it waits for has ended badly."""
         return job.view == "blocked" and bool(self._value(IS_STUCK, {"seq": job.seq}))
+
+    def standing_before(self, job: Job) -> int:
+        """How many ready jobs of its queue are handed out before it."""
+        return int(self._value(STANDING_BEFORE, job.__dict__))
+
+    def running_in(self, queue: str) -> list[str]:
+        """The ids of a queue's jobs that run now."""
+        return [row[0] for row in self._rows(RUNNING_IN, {"queue": queue})]
 
     def counts_by_queue(self) -> dict[str, dict[str, int]]:
         """For each queue, how many jobs there are in each of STATES, and (again) of VIEWS."""
@@ -2531,15 +2592,58 @@ class Queue(Database):
                 if job.state in ("completed", "dead"):
                     raise QueueError("job %s has ended already (%s)" % (job.id, job.state))
             for job in jobs:
-                parameters = {"seq": job.seq, "at": iso(time.time())}
-                self._execute(CANCEL_PENDING, parameters)
-                if job.state == "pending" and job.unique:
-                    self._execute(FREE_KEY, {"key": job.unique, "seq": job.seq})
-                self._execute(CANCEL_RUNNING, parameters)
+                self._cancel(job)
+        return [self.get(job.id) for job in self._ring_for(jobs)]
+
+    def cancel_all(self, queue: str | None = None) -> int:
+        """Cancel every job of a queue (None: of all) that has not ended; how many. In small
+        transactions."""
+        count = 0
+        for page in itertools.chain(self._pages("pending", queue),
+                                    self._pages("processing", queue)):
+            with self._transaction():
+                count += sum(map(self._cancel, page))
+            self._ring_for(page)
+        return count
+
+    def _cancel(self, job: Job) -> bool:
+        """Cancel a job, or ask its worker to end it; False if it has ended."""
+        parameters = {"seq": job.seq, "at": iso(time.time())}
+        if self._execute(CANCEL_PENDING, parameters).rowcount:
+            self._execute(FREE_KEY, {"key": job.unique, "seq": job.seq})
+            return True
+        return self._execute(CANCEL_RUNNING, parameters).rowcount > 0
+
+    def _ring_for(self, jobs: list[Job]) -> list[Job]:
         for job in jobs:
             if job.locked_by:
                 self.ring(job.locked_by)
-        return [self.get(job.id) for job in jobs]
+        return jobs
+
+    def _pages(self, state: str, queue: str | None) -> Iterator[list[Job]]:
+        jobs = self.jobs(state, queue)
+        return iter(lambda: list(itertools.islice(jobs, PAGE)), [])
+
+    def edit(self, id: str, **fields: Any) -> None:
+        """Change fields, as enqueue() takes them, of a job that does not run and has not completed;
+        `env` is added to what it has. QueueError."""
+        refused = fields.keys() & {"id", "after", "unique"}
+        if refused:
+            raise QueueError("%s cannot be changed" % ", ".join(sorted(refused)))
+        with self._transaction():
+            job, now = self.get(id), time.time()
+            if job.state in ("processing", "completed"):
+                raise QueueError("job %s is %s; only a job that waits, or that has ended badly, "
+                                 "can be changed" % (id, job.state))
+            values = job_fields({"command": job.command, **fields})
+            changed = dict(job.__dict__, **values, env=json.dumps(
+                {**job.env, **values.get("env", {})}) if job.env or "env" in values else None)
+            if "delay" in values or "run_at" in values:
+                changed["run_after"] = run_after = starting_time(values, now)
+                if job.view in ("pending", "scheduled", "failed"):
+                    changed["hold"] = SCHEDULED if run_after and run_after > now else READY
+            self._execute(EDIT_JOB, dict(changed, at=iso(now)))
+        self.wake([changed["queue"]])
 
     def retry(self, ids: Sequence[str]) -> None:
         """Make dead or cancelled jobs pending again, with attempts = 0. QueueError for any
@@ -2555,38 +2659,58 @@ class Queue(Database):
                     raise QueueError(refusal)
         self.wake({job.queue for job in jobs})
 
-    def retry_all(self, note: Callable[[str], None] = lambda text: None) -> int:
-        """Retry every job that is dead, and return how many. In small transactions. `note`
-        gets a line for each whose unique key another job has: it stays dead."""
-        count, jobs = 0, self.jobs("dead")
-        while True:
-            page = list(itertools.islice(jobs, PAGE))
-            if not page:
-                return count
+    def retry_all(self, queue: str | None = None,
+                  note: Callable[[str], None] = lambda text: None) -> int:
+        """Retry every dead job of a queue (None: of all), and return how many. In small
+        transactions. `note` gets a line for each whose unique key another job has: it stays
+        dead."""
+        count = 0
+        for page in self._pages("dead", queue):
             with self._transaction():
                 refused = [self._retry(job) for job in page]
             for text in filter(None, refused):
                 note(text)
             count += refused.count(None)
             self.wake({job.queue for job in page})
+        return count
 
     def _retry(self, job: Job) -> str | None:
-        """Make an ended job pending again; or why not."""
+        """Make a job pending again that is ended as it says; or why not."""
         active = self._value(ACTIVE_WITH_KEY, {"key": job.unique})
         if active:
             return "job %s cannot be retried while %s has its key %s" % (job.id, active, job.unique)
-        if not self._execute(RETRY_JOB, {"seq": job.seq, "at": iso(time.time())}).rowcount:
+        now = time.time()
+        if not self._execute(RETRY_JOB, {"seq": job.seq, "state": job.state, "at": iso(now),
+                                         "now": now}).rowcount:
             return "job %s is not dead any more" % job.id
         if job.unique:
             self._execute(TAKE_KEY, {"key": job.unique, "seq": job.seq})
         return None
 
-    def prune(self, states: Sequence[str], older_than: float = 0) -> int:
-        """Delete jobs that ended more than `older_than` seconds ago in one of `states` and
-        that no unfinished job waits for. Returns how many. In small transactions."""
+    def purge(self, ids: Sequence[str]) -> None:
+        """Delete dead jobs. QueueError for any other, and for one that another job waits for:
+        then none is touched."""
+        with self._transaction():
+            jobs = self._named(ids)
+            for job in jobs:
+                if job.state != "dead":
+                    raise QueueError("job %s is %s, not dead" % (job.id, job.state))
+                if not self._value(STILL_PRUNABLE % "'dead'", {
+                        "seq": job.seq, "before": MAX_ISO, "queue": None}):
+                    raise QueueError("another job waits for %s; cancel that first" % job.id)
+            self._delete([{"seq": job.seq} for job in jobs])
+
+    def _delete(self, seqs: list[dict[str, int]]) -> None:
+        self._execute(KEEP_LAST_RUN)
+        for statement in DELETE_JOB:
+            self._execute(statement, seqs, many=True)
+
+    def prune(self, states: Sequence[str], older_than: float = 0, queue: str | None = None) -> int:
+        """Delete jobs (of a queue) that ended more than `older_than` seconds ago in one of
+        `states` and that no unfinished job waits for. Returns how many. In small transactions."""
         before, last, count = time.time() - older_than, 0, 0
         while True:
-            reached, deleted = self.prune_step(states, before, last)
+            reached, deleted = self.prune_step(states, before, last, queue)
             count += deleted
             if not reached:
                 break
@@ -2595,21 +2719,20 @@ class Queue(Database):
         self.checkpoint(0)  # only that shortens the file itself
         return count
 
-    def prune_step(self, states: Sequence[str], before: float, last: int) -> tuple[int, int]:
+    def prune_step(self, states: Sequence[str], before: float, last: int,
+                   queue: str | None = None) -> tuple[int, int]:
         """One step of a prune: looks at the PRUNE_BATCH jobs after seq `last`, without the writer
         lock, and then with it at those that can go: they may have been retried, or another may
         wait for them now. Returns the seq that it reached (0: the end), how many it deleted."""
         words = ", ".join("'%s'" % state for state in ENDED if state in states)
-        values: dict[str, Any] = {"before": iso(before), "last": last}
+        values: dict[str, Any] = {"before": iso(before), "last": last, "queue": queue}
         rows = self._rows(FIND_PRUNABLE % words, values)
         seqs = [{"seq": row["seq"]} for row in rows if row["prunable"]]
         if seqs:
             with self._transaction():
                 seqs = [seq for seq in seqs if self._value(STILL_PRUNABLE % words,
                                                            dict(values, **seq))]
-                self._execute(KEEP_LAST_RUN)
-                for statement in DELETE_JOB:
-                    self._execute(statement, seqs, many=True)
+                self._delete(seqs)
         return rows[-1]["seq"] if len(rows) == PRUNE_BATCH else 0, len(seqs)
 
     def give_back_space(self, steps: int) -> None:
@@ -2639,26 +2762,42 @@ class Queue(Database):
         """The names of the paused queues; EVERY_QUEUE stands for all."""
         return [row[0] for row in self._rows(PAUSED + " ORDER BY queue")]
 
+    def limit(self, queue: str, number: int | None) -> None:
+        """Let at most so many jobs of a queue run at once (None: any number)."""
+        with self._transaction():
+            self._execute(SET_LIMIT, {"queue": parse_queue(queue), "limit": number})
+        self.wake([queue])
+
+    def limits(self) -> dict[str, int]:
+        """The limits of those queues that have one."""
+        return {row[0]: row[1] for row in self._rows(
+            "SELECT queue, job_limit FROM queues WHERE job_limit IS NOT NULL ORDER BY queue")}
+
+    def held(self) -> set[str]:
+        """The queues of which no job may start now: paused ones (EVERY_QUEUE: all), and those
+        whose limit is reached."""
+        return {row[0] for row in self._rows(HELD)}
+
     # Settings.
 
-    def settings(self) -> dict[str, float]:
-        """The value of every setting."""
+    def settings(self) -> dict[str, Any]:
+        """The value of every setting: numbers, and texts."""
         values = {name: found.default for name, found in SETTINGS.items()}
         for key, value in self._rows("SELECT key, value FROM config"):
             if key in SETTINGS:
-                values[key] = float(value)
+                values[key] = value if values[key] == "" else float(value)
         return values
 
     def set_setting(self, key: str, value: Any) -> None:
         """Change a setting for every process that uses the queue, at once. QueueError."""
         found = setting(key)
         try:
-            number = found.parse(value)
+            parsed = found.parse(value)
         except QueueError as error:
             raise QueueError("%s: %s" % (found.name, error)) from None
         with self._transaction():
-            self._execute("INSERT OR REPLACE INTO config VALUES (?, ?)",
-                          (found.name, repr(number)))
+            self._execute("INSERT OR REPLACE INTO config VALUES (?, ?)", (
+                found.name, parsed if isinstance(parsed, str) else repr(parsed)))
 
     def unset_setting(self, key: str) -> None:
         """Let a setting have its default again. QueueError."""
@@ -2686,15 +2825,20 @@ class Queue(Database):
                 if wanted is None or wanted.intersection(self._json(row["queues"]) or wanted):
                     self.ring(row["name"])
 
-    def register(self, name: str, supervisor: str, slot: int, count: int,
-                 queues: Sequence[str] | None) -> None:
-        """Make a worker (or, as slot 0, a supervisor) known, whose lock is held already."""
+    def register(self, name: str, supervisor: str, queues: Sequence[str] | None,
+                 via: str | None, count: int = 0) -> int:
+        """Make a worker (or, with a `count` of workers, a supervisor) known, whose lock is held
+        already. Returns its slot: the lowest that no live worker of these queues has."""
+        served = json.dumps(sorted(set(queues))) if queues else None
         with self._transaction():
+            taken = {row["slot"] for row in self._rows(OTHER_SLOTS, {"queues": served})
+                     if is_held(self.lock_path(row["name"]))}
+            slot = 0 if count else min(set(range(1, len(taken) + 2)) - taken)
             self._execute(
-                "INSERT INTO workers (name, supervisor, slot, count, pid, queues, started_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (name, supervisor, slot, count, os.getpid(),
-                 json.dumps(sorted(queues)) if queues else None, iso(time.time())))
+                "INSERT INTO workers (name, supervisor, slot, count, pid, queues, via, started_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (name, supervisor, slot, count, os.getpid(), served, via, iso(time.time())))
+        return slot
 
     def set_count(self, supervisor: str, count: int) -> None:
         with self._transaction():
@@ -2718,9 +2862,18 @@ class Queue(Database):
                 for row in self._rows(SELECT_WORKERS)
                 if (supervisors or row["slot"]) and is_held(self.lock_path(row["name"]))]
 
-    def order_stop(self, order: int) -> list[WorkerInfo]:
-        """Order every live worker and supervisor to stop: DRAIN, or NOW. Returns them."""
+    def order_stop(self, order: int, names: Sequence[str] = (),
+                   queues: Sequence[str] = ()) -> list[WorkerInfo]:
+        """Order live workers and supervisors to stop: DRAIN, or NOW. All of them, or the workers
+        of these names, or who was started for just these queues. Returns them. QueueError."""
         found = self.workers(supervisors=True)
+        unknown = set(names) - {info.name for info in found}
+        if unknown:
+            raise QueueError("no worker %s runs; see: worker list" % ", ".join(sorted(unknown)))
+        if names:
+            found = [info for info in found if info.name in names]
+        if queues:
+            found = [info for info in found if info.queues == sorted(set(queues))]
         for info in found:
             give_order(self.lock_path(info.name), order)
             self.ring(info.name)
@@ -2750,9 +2903,9 @@ class Queue(Database):
         row = self._row(HELD_BY_RUN, {"seq": result.seq, "run": result.run})
         if row is None:
             return None
+        settings = {} if result.outcome == "completed" else self.settings()
         state, hold, attempts, run_after = next_state(
-            result.outcome, row["attempts"], row["max_retries"], bool(row["cancel"]), now,
-            {} if result.outcome == "completed" else self.settings())
+            result.outcome, row["attempts"], row["max_retries"], bool(row["cancel"]), now, settings)
         error = result.error if result.outcome != "interrupted" else row["last_error"]
         self._execute(SETTLE_JOB, {
             "seq": result.seq, "state": state, "hold": hold, "attempts": attempts,
@@ -2765,11 +2918,28 @@ class Queue(Database):
         self._execute(SETTLE_RUN, result.__dict__)
         self._execute(COUNT_RUN, {"minute": now // 60, "queue": row["queue"],
                                   "outcome": result.outcome, "seconds": result.seconds})
-        awakened = [row["queue"]] if state == "pending" else []
+        died = state == "dead" and bool(settings["on_dead"]) and self._tell_of_death(
+            settings, row, error, now)
+        awakened = [row["queue"]] if state == "pending" or row["limited"] or died else []
         if state == "completed" and row["needed"]:
             self._execute(MEET_DEPENDANTS, {"seq": result.seq, "now": now, "at": iso(now)})
-            awakened = [row[0] for row in self._rows(READY_DEPENDANTS, {"seq": result.seq})]
+            awakened += [row[0] for row in self._rows(READY_DEPENDANTS, {"seq": result.seq})]
         return Settled(state=state, run_after=run_after, awakened=awakened)
+
+    def _tell_of_death(self, settings: Mapping[str, Any], dead: sqlite3.Row, error: str | None,
+                       now: float) -> bool:
+        """Enqueue what on_dead says, in the dead job's queue; not for one that on_dead enqueued."""
+        if DEAD_JOB in (self._json(dead["env"]) or {}):
+            return False
+        env = {DEAD_JOB: dead["id"], "QUEUECTL_DEAD_ERROR": error or "",
+               "QUEUECTL_DEAD_COMMAND": dead["command"][:DEAD_COMMAND_LIMIT]}
+        make_row = _job_rows(int(settings["max_retries"]), now)
+        while True:
+            with contextlib.suppress(sqlite3.IntegrityError):  # that id is taken
+                self._execute(INSERT_JOB, make_row({
+                    "command": settings["on_dead"], "queue": dead["queue"], "cwd": os.sep,
+                    "env": env}))
+                return True
 
     def _claim(self, worker: str, lock: str, now: float) -> Claim | None:
         row = self._next(now)
@@ -2821,8 +2991,8 @@ class Queue(Database):
         return due
 
     def work_left(self, supervisor: str) -> bool:
-        """Whether --drain has to go on where nothing is ready: a job of the served queues runs
-        under this supervisor, or waits for a retry."""
+        """Whether --drain has to go on where no job can start: one of the served queues runs
+        under this supervisor, or waits for a retry, or for its queue's limit."""
         return bool(self._value(WORK_LEFT, {"every": self._serves_every,
                                             "supervisor": supervisor}))
 
@@ -2896,6 +3066,15 @@ def total(queues: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     return {state: sum(row[state] for row in queues.values()) for state in STATES + VIEWS}
 
 
+def summary(stats: Iterable[tuple[str, str, int, float]]) -> dict[str, float]:
+    """Runs that ended, how many of them not well, and their mean seconds."""
+    stats = list(stats)
+    runs, seconds = sum(row[2] for row in stats), sum(row[3] for row in stats)
+    failed = sum(row[2] for row in stats if row[1] in ("failed", "timeout", "lost"))
+    return {"runs": runs, "failed": failed,
+            "mean_seconds": round(seconds / runs, 3) if runs else 0.0}
+
+
 def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     """A function that makes parsed fields into the parameters of INSERT_JOB."""
     ids, created = new_ids(), iso(now)
@@ -2906,9 +3085,7 @@ def _job_rows(max_retries: int, now: float) -> Callable[[dict[str, Any]], tuple[
 
     def row(fields: dict[str, Any]) -> tuple[Any, ...]:
         get = fields.get
-        run_after = get("run_at")
-        if "delay" in fields:
-            run_after = from_epoch(now + fields["delay"])
+        run_after = starting_time(fields, now)
         cwd, env, after = get("cwd") or folder, get("env"), get("after")
         if not cwd:
             raise QueueError("the current folder is gone, or its name is not UTF-8; name one with "
@@ -3246,12 +3423,11 @@ def open_queue(options: StartOptions, durable: bool = True) -> Queue:
 class Worker:
     """One worker process: claims, runs and settles jobs until it is told to stop."""
 
-    def __init__(self, options: StartOptions, slot: int, name: str) -> None:
+    def __init__(self, options: StartOptions, name: str) -> None:
         self._options = options
-        self._slot = slot
         self._name = name
         self._level = RUN
-        self._log = Log(options, "worker %d" % slot)
+        self._log = Log(options, "worker " + name)  # until it has a slot
         self._leftovers: dict[int, Child] = {}  # pipes that outlived their job: drained, too
         self._rescuer = Rescuer()
         self._next_look = 0.0  # when it looks around, whatever happens: once a TICK
@@ -3291,7 +3467,9 @@ class Worker:
         self._waiter.watch(self._bell.fd)
         self._lock = RunLock(os.path.join(queue.folder, self._name))
         queue.serve(self._options.queues)
-        queue.register(self._name, self._options.name, self._slot, 0, self._options.queues)
+        self._slot = queue.register(self._name, self._options.name, self._options.queues,
+                                    self._options.via)
+        self._log = Log(self._options, "worker %d" % self._slot)
         self._look_around()
 
     def _leave(self) -> None:
@@ -3363,7 +3541,7 @@ class Worker:
             self._log.warn("that works again")
 
     def _tell(self, result: Result, settled: Settled | None) -> None:
-        if settled is not None and self._options.quiet:
+        if settled is not None and settled.state != "dead" and self._options.quiet:
             return
         took = format_age(result.seconds)
         if settled is None:
@@ -3377,7 +3555,8 @@ class Worker:
             self._log.event("job %s failed after %s, again %s: %s" % (
                 self._job, took, wait, result.error))
         else:
-            self._log.event("job %s %s after %s: %s" % (
+            tell = self._log.warn if settled.state == "dead" else self._log.event
+            tell("job %s %s after %s: %s" % (
                 self._job, {"pending": "is put back"}.get(settled.state, settled.state), took,
                 result.error))
 
@@ -3518,9 +3697,9 @@ class Worker:
             os.close(child.fd)
 
 
-def _worker_main(options: StartOptions, slot: int, name: str) -> None:
+def _worker_main(options: StartOptions, name: str) -> None:
     """The worker process."""
-    sys.exit(Worker(options, slot, name).main())
+    sys.exit(Worker(options, name).main())
 
 
 class Seat(Record):
@@ -3592,7 +3771,8 @@ class Supervisor:
             self._held, self._bell = hold(self._lock_path), Bell(self._bell_path)
             self._rescuer.look(queue, self._log.warn)
             queue.sweep()
-            queue.register(name, name, 0, self._options.count, self._options.queues)
+            queue.register(name, name, self._options.queues, self._options.via,
+                           self._options.count)
         self._waiter.watch(self._bell.fd)
         self._log.event("%d worker%s on %s%s; Ctrl-C or `worker stop` ends %s" % (
             self._options.count, "s" * (self._options.count > 1), self._options.path,
@@ -3613,11 +3793,14 @@ class Supervisor:
         seat = self._seats[slot]
         seat.name = new_id()
         seat.process = self._context.Process(
-            target=_worker_main, args=(self._options, slot, seat.name))
+            target=_worker_main, args=(self._options, seat.name))
+        before = open_descriptors()
         try:
             seat.process.start()
         except OSError:
             seat.process = None
+            for fd in open_descriptors() - before:  # multiprocessing leaves its pipes
+                os.close(fd)
             raise
         seat.started = time.monotonic()
         seat.replace_at = math.inf
@@ -3740,11 +3923,12 @@ PATIENCE = 3.0  # seconds after which `worker stop` says for whom it waits
 
 
 def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str | None,
-                 note: Callable[[str], None]) -> int:
-    """Order all workers to stop, and wait until they are gone; how many there were. A worker
+                 note: Callable[[str], None], names: Sequence[str] = (),
+                 queues: Sequence[str] = ()) -> int:
+    """Order workers to stop (see Queue.order_stop), and wait until they are gone; how many. One
     that runs `own_job`, from which this is called, is not waited for. `note` gets a line about
     those for whom one waits long. TimeoutExpired."""
-    found = queue.order_stop(level)
+    found = queue.order_stop(level, names, queues)
     own = {info.supervisor for info in found if own_job is not None and info.job == own_job}
     now = time.monotonic()
     until, note_at = math.inf if timeout is None else now + timeout, now + PATIENCE
@@ -3763,6 +3947,85 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str |
         time.sleep(0.01)
     Rescuer().finish(queue, lambda text: None)
     return sum(info.slot > 0 for info in found)
+
+
+def obstacles(queue: Queue, name: str) -> list[str]:
+    """What keeps the ready jobs of a queue from running, and what to do about it."""
+    found, paused, workers = [], queue.paused(), queue.workers()
+    if EVERY_QUEUE in paused:
+        found.append("all queues are paused (to go on: resume)")
+    elif name in paused:
+        found.append("the queue %s is paused (to go on: resume %s)" % (name, name))
+    if not workers:
+        found.append("no worker runs now (start one: worker start)")
+    elif not any(info.queues is None or name in info.queues for info in workers):
+        found.append("no worker serves the queue %s (start one: worker start --queue %s)"
+                     % (name, name))
+    return found
+
+
+def why_waiting(queue: Queue, job: Job) -> list[str]:
+    """Why a job waits, for people: reasons that read on from "it waits: "."""
+    if job.state != "pending":
+        return []
+    found, blocker, now = [], queue.blocker(job), time.time()
+    if blocker is not None:
+        found.append("for %s, which is %s" % blocker)
+    if job.run_after is not None and job.run_after > now and job.view != "pending":
+        found.append("until %s (in %s)" % (local_time(job.run_after),
+                                           format_age(job.run_after - now)))
+    found += obstacles(queue, job.queue)
+    limit = queue.limits().get(job.queue)
+    if limit is not None and job.view == "pending":
+        running = queue.running_in(job.queue)
+        if len(running) >= limit:
+            found.append("the limit of the queue %s is reached (%d: %s)" % (
+                job.queue, limit, " ".join(running[:5]) or "no job may run"))
+    if job.view == "pending":
+        before = queue.standing_before(job)
+        if before:
+            found.append("%d job%s before it" % (before, "" if before == 1 else "s"))
+        elif not found:
+            found.append("it is the next one")
+    return found
+
+
+def gather_status(queue: Queue) -> dict[str, Any]:
+    """What `status` shows."""
+    now, oldest, queues = time.time(), queue.oldest_ready(), queue.counts_by_queue()
+    return {
+        "database": queue.path,
+        "jobs": total(queues),
+        "queues": queues,
+        "paused": queue.paused(),
+        "workers": queue.workers(),
+        "orphaned": len(queue.orphans()),
+        "oldest_ready_seconds": None if oldest is None else round(max(0.0, now - oldest), 3),
+        # Stats are by the minute, so the last five began up to six minutes ago.
+        "runs_per_minute": round(60 * summary(queue.stats(now - 300))["runs"]
+                                 / (300 + now % 60), 3),
+        "last_hour": summary(queue.stats(now - 3600)),
+    }
+
+
+def status_warning(status: Mapping[str, Any]) -> str | None:
+    """What is not going well by itself: jobs wait, and nobody will run them."""
+    jobs, workers, orphaned = status["jobs"], status["workers"], status["orphaned"]
+    waiting = jobs["pending"]
+    if orphaned:
+        return "%s left by a dead worker; %s" % (
+            "1 job was" if orphaned == 1 else "%d jobs were" % orphaned,
+            "show ID says more" if workers else "to take up again: worker start")
+    if waiting and waiting == jobs["blocked"] and not jobs["processing"]:
+        return "what the blocked jobs wait for has ended badly; see: list --state blocked"
+    if waiting and EVERY_QUEUE in status["paused"]:
+        return "all queues are paused; to go on: resume"
+    if waiting and not workers:
+        return "%s and no worker runs; start one: worker start" % (
+            "1 job waits" if waiting == 1 else "%d jobs wait" % waiting)
+    alone = [name for name, row in sorted(status["queues"].items()) if row["pending"]
+             and not any(info.queues is None or name in info.queues for info in workers)]
+    return "jobs wait in %s, which no worker serves" % ", ".join(alone) if alone else None
 
 
 def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[bytes]:
@@ -4052,35 +4315,6 @@ def job_sheet(job: Job, runs: Sequence[Run], blocker: tuple[str, str] | None,
                  format_age((from_iso(run.finished_at) if run.finished_at else now)
                             - from_iso(run.started_at)), run.worker, run.error or "")
                 for run in runs), coloured=1)
-
-
-def summary(stats: Iterable[tuple[str, str, int, float]]) -> dict[str, float]:
-    """Runs that ended, how many of them not well, and their mean seconds."""
-    stats = list(stats)
-    runs, seconds = sum(row[2] for row in stats), sum(row[3] for row in stats)
-    failed = sum(row[2] for row in stats if row[1] in ("failed", "timeout", "lost"))
-    return {"runs": runs, "failed": failed,
-            "mean_seconds": round(seconds / runs, 3) if runs else 0.0}
-
-
-def status_warning(status: Mapping[str, Any]) -> str | None:
-    """What is not going well by itself: jobs wait, and nobody will run them."""
-    jobs, workers, orphaned = status["jobs"], status["workers"], status["orphaned"]
-    waiting = jobs["pending"]
-    if orphaned:
-        return "%s left by a dead worker; %s" % (
-            "1 job was" if orphaned == 1 else "%d jobs were" % orphaned,
-            "show ID says more" if workers else "to take up again: worker start")
-    if waiting and waiting == jobs["blocked"] and not jobs["processing"]:
-        return "what the blocked jobs wait for has ended badly; see: list --state blocked"
-    if waiting and EVERY_QUEUE in status["paused"]:
-        return "all queues are paused; to go on: resume"
-    if waiting and not workers:
-        return "%s and no worker runs; start one: worker start" % (
-            "1 job waits" if waiting == 1 else "%d jobs wait" % waiting)
-    alone = [name for name, row in sorted(status["queues"].items()) if row["pending"]
-             and not any(info.queues is None or name in info.queues for info in workers)]
-    return "jobs wait in %s, which no worker serves" % ", ".join(alone) if alone else None
 
 
 def status_sheet(status: Mapping[str, Any], now: float) -> Iterator[str]:
@@ -4490,24 +4724,6 @@ def show_lines(lines: Iterable[str]) -> None:
         print(line)
 
 
-def gather_status(queue: Queue) -> dict[str, Any]:
-    """What `status` shows."""
-    now, oldest, queues = time.time(), queue.oldest_ready(), queue.counts_by_queue()
-    return {
-        "database": queue.path,
-        "jobs": total(queues),
-        "queues": queues,
-        "paused": queue.paused(),
-        "workers": queue.workers(),
-        "orphaned": len(queue.orphans()),
-        "oldest_ready_seconds": None if oldest is None else round(max(0.0, now - oldest), 3),
-        # Stats are by the minute, so the last five began up to six minutes ago.
-        "runs_per_minute": round(60 * summary(queue.stats(now - 300))["runs"]
-                                 / (300 + now % 60), 3),
-        "last_hour": summary(queue.stats(now - 3600)),
-    }
-
-
 @command(
     "status", "whether it is going well", "queuectl.py status --watch", JSON,
     option("--watch", action="store_true", help="redraw every second, until Ctrl-C"))
@@ -4640,7 +4856,7 @@ def cmd_dlq_retry(queue: Queue, args: argparse.Namespace) -> None:
     if bool(args.id) == args.all:
         raise UsageError("name the jobs to retry, or --all")
     if args.all:
-        say("%s pending again" % counted(queue.retry_all(say), "job"))
+        say("%s pending again" % counted(queue.retry_all(note=say), "job"))
     else:
         queue.retry(args.id)
 

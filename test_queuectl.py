@@ -9,6 +9,8 @@ event. QUEUECTL_CHAOS_KILLS=2000 makes the chaos test longer.
 from __future__ import annotations
 
 import ast
+import base64
+import collections
 import contextlib
 import errno
 import io
@@ -25,9 +27,11 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unittest
+import zlib
 from unittest import mock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -67,6 +71,8 @@ class Case(unittest.TestCase):
         patch = mock.patch.dict(os.environ, self.env, clear=True)
         patch.start()
         self.addCleanup(patch.stop)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.dir)
         self.processes = []
         self.addCleanup(self.end_processes)
 
@@ -201,6 +207,179 @@ class Case(unittest.TestCase):
         with Queue(self.db) as queue:
             return queue.output(queue.runs(id)[(number or 0) - 1].run)
 
+    def add(self, id, command, **fields):
+        with Queue(self.db) as queue:
+            return queue.enqueue(command, id=id, **fields)
+
+    def busy(self, command="%s", *words, count=1, **fields):
+        """(meeting, supervisor, pid of its shell): workers of which one runs job `a`, which has
+        come to a meeting in the middle of its command."""
+        meeting = self.meeting()
+        self.add("a", command % meeting.here, **fields)
+        process = self.workers(count, *words)
+        return meeting, process, meeting.arrived()
+
+    def finish(self, meeting, id="a", state="completed"):
+        """Let a job go on, to its end."""
+        meeting.let_go()
+        self.assertEqual(self.until_state(id, "completed", "dead").state, state)
+
+    # What a worker does, without one.
+
+    def claim(self, queue, worker="w-1"):
+        return queue.turn(None, worker)[1]
+
+    def result(self, claim, outcome="completed", output=b"", pieces=None, **fields):
+        good = outcome == "completed"
+        return queuectl.Result(**dict(
+            dict(run=claim.run, seq=claim.seq, outcome=outcome, signal=None,
+                 output=pieces or ([(0, output)] if output else []),
+                 exit_code=0 if good else 1, error=None if good else outcome,
+                 finished_at=time.time(), seconds=0.5), **fields))
+
+    def settle(self, queue, claim, outcome="completed", **fields):
+        return queue.turn(self.result(claim, outcome, **fields), None)[0]
+
+    def run_next(self, queue, outcome="completed", **fields):
+        """The claim of the next job, which has ended so; None if there is none."""
+        claim = self.claim(queue)
+        if claim is not None:
+            self.settle(queue, claim, outcome, **fields)
+        return claim
+
+    def run_all(self, queue, outcome="completed"):
+        """The ids of all jobs that could run, in the order in which they did."""
+        return [claim.id for claim in iter(lambda: self.run_next(queue, outcome), None)]
+
+    def refuses(self, says, method, *arguments, **options):
+        with self.assertRaises(QueueError) as caught:
+            result = method(*arguments, **options)
+            self.fail("not refused: %r" % (result,))
+        self.assertIn(says, str(caught.exception))
+
+    def clock(self, now=1800000000.0):
+        """A wall clock that stands still: clock.now is the time."""
+        clock = mock.Mock(now=now)
+        clock.side_effect = lambda: clock.now
+        patch = mock.patch("time.time", clock)
+        patch.start()
+        self.addCleanup(patch.stop)
+        return clock
+
+    # Transcripts: what a person types, and what is seen then.
+
+    def play(self, text):
+        """Run a transcript. `$ ` stands before a command and `> ` before its next lines; then
+        comes its stdout, its stderr with `! ` before each line, and `[1]` for an exit code that
+        is not 0. `...` is any text, and alone in its line any lines. Blank lines and lines that
+        begin with `# ` are for the reader."""
+        scenes = []
+        for line in map(str.rstrip, textwrap.dedent(text).splitlines()):
+            if line.startswith("$ "):
+                scenes.append((line[2:], []))
+            elif re.match("> |>$", line) and not scenes[-1][1]:
+                scenes[-1] = scenes[-1][0] + "\n" + line[2:], []
+            elif line and not line.startswith("# "):
+                scenes[-1][1].append(line)
+        for command, expected in scenes:
+            code, out, err = self.type(command)
+            seen = [prefix + line.rstrip() for prefix, stream in (("", out), ("! ", err))
+                    for line in stream.splitlines() if line.strip()] + ["[%d]" % code] * bool(code)
+            patterns = {line: r"(?:.*\n)*" if line == "..." else
+                        re.escape(line).replace(r"\.\.\.", ".*") + r"\n" for line in expected}
+            if not re.fullmatch("".join(map(patterns.get, expected)),
+                                "".join(line + "\n" for line in seen)):
+                # What does vary is no difference.
+                seen = [next((like for like, pattern in patterns.items() if like != "..." and
+                              re.fullmatch(pattern, line + "\n")), line) for line in seen]
+                self.assertEqual("\n".join(["$ " + command] + seen),
+                                 "\n".join(["$ " + command] + expected))
+                self.fail("in another order: " + command)
+
+    def type(self, text):
+        """(exit code, stdout, stderr) of what a person types. Plain words run in this process,
+        also with a here-document as stdin; the rest has a shell, and `queuectl` on its PATH."""
+        line, stdin = text, b""
+        document = re.fullmatch(r"(.*) <<(\w+)\n(.*\n)?\2", text, re.S)
+        if document:
+            line, stdin = document.group(1), (document.group(3) or "").encode()
+        line = re.sub(r"\Apython3 queuectl\.py ", "queuectl ", line.replace("\\\n", ""))
+        tools = {"queuectl": self.main, "work": self.work, "states": self.states_now,
+                 "later": self.later, "pick": self.pick_keys}
+        if line.partition(" ")[0] in tools and not re.search(
+                r"[|&;<>$`*?()~#\n]", re.sub("'[^']*'", "", line)):
+            tool, *words = shlex.split(line)
+            if words[:2] == ["worker", "start"]:  # which makes signals its own
+                return self.cli(*words, cwd=self.dir)
+            return tools[tool](*words, **{"stdin": stdin} if document else {})
+        done = subprocess.run(["sh", "-c", text], stdin=subprocess.DEVNULL, cwd=self.dir,
+                              env=dict(self.env, PATH=self.programs()), stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=PATIENCE)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def programs(self):
+        """A PATH on which the README's words for this program are found."""
+        folder = self.path("bin")
+        if not os.path.isdir(folder):
+            os.mkdir(folder, 0o700)
+            for word, line in (("queuectl", [sys.executable, SCRIPT]),
+                               ("queuectl.py", [sys.executable, SCRIPT]),
+                               ("python3", [sys.executable]), ("python", [sys.executable])):
+                with open(os.path.join(folder, word), "w") as file:
+                    file.write('#!/bin/sh\nexec %s "$@"\n' % " ".join(map(shlex.quote, line)))
+                os.chmod(file.name, 0o700)
+        return folder + os.pathsep + self.env["PATH"]
+
+    # Further words of transcripts, for what nobody types.
+
+    def work(self, count=10 ** 9):
+        """work [N]: a worker in this process, which tells what became of its N jobs."""
+        lines = []
+        with Queue(self.db) as queue:
+            for _ in range(int(count)):
+                claim = self.claim(queue)
+                if claim is None:
+                    break
+                done = subprocess.run(["sh", "-c", claim.command], stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                error = queuectl.exit_error(done.returncode, None, done.stdout)
+                self.settle(queue, claim, "failed" if done.returncode else "completed",
+                            exit_code=done.returncode, error=error if done.returncode else None,
+                            output=done.stdout)
+                lines.append("%s %s\n" % (claim.id, queue.get(claim.id).view))
+        return 0, "".join(lines), ""
+
+    def states(self):
+        with Queue(self.db) as queue:
+            return {job.id: job.view for job in queue.jobs()}
+
+    def states_now(self):
+        """states: the jobs of each state, in one line."""
+        found = {}
+        for id, view in self.states().items():
+            found.setdefault(view, []).append(id)
+        return 0, "; ".join(view + ": " + " ".join(found[view]) for view in found) + "\n", ""
+
+    def later(self, duration):
+        """later T: the wall clock has gone on by so much, and stands still there."""
+        self.clock(time.time() + queuectl.parse_duration(duration))
+        return 0, "", ""
+
+    def pick_keys(self, keys, *words):
+        """pick KEY,KEY.KEY queuectl ... --json: these values, a line for each object."""
+        code, out, err = self.main(*words[1:])
+        rows = json.loads(out)
+        lines = []
+        for row in rows if isinstance(rows, list) else [rows]:
+            values = []
+            for key in keys.split(","):
+                value = row
+                for name in key.split("."):
+                    value = value[int(name) if name.isdigit() else name]
+                values.append(value if isinstance(value, str) else json.dumps(value))
+            lines.append(" ".join(values) + "\n")
+        return code, "".join(lines), err
+
     def meeting(self, name="meeting"):
         return Meeting(self, name)
 
@@ -267,12 +446,15 @@ class Shape(Case):
         "model": "errors",
         "platform": "errors",
         "schema": "model",
-        "storage": "errors model platform schema",
+        "database": "errors model platform schema",
+        "queue": "errors model platform schema database",
         "runner": "errors model platform",
-        "workers": "errors model platform schema storage runner",
+        "workers": "errors model platform schema database queue runner",
+        "clients": "errors model platform schema database queue",
         "output": "model",
-        "commands": "errors model platform storage workers output",
-        "main": "errors model platform schema storage runner workers output commands",
+        "commands": "errors model platform queue workers clients output",
+        "main": "errors model platform schema database queue runner workers clients output "
+                "commands",
     }
     LAZY = {"dataclasses", "typing", "enum", "uuid", "subprocess", "multiprocessing",
             "http.server"}  # what would slow down every short command
@@ -346,10 +528,10 @@ class Shape(Case):
                  if homes.get(name, "header") not in self.ROOMS[room].split() + [room, "header"]]
         self.assertEqual(wrong, [])
 
-    def test_only_class_queue_executes_sql(self):
+    def test_only_the_queue_and_its_database_execute_sql(self):
         for node in self.tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == "Queue":
-                self.assertEqual(self.room(node), "storage")
+            if isinstance(node, ast.ClassDef) and node.name in ("Database", "Queue"):
+                self.assertEqual(self.room(node), node.name.lower())
                 continue
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Attribute):
@@ -578,49 +760,6 @@ class Model(Case):
         self.assertLess(len(queuectl.exit_error(1, None, b"x" * 10 ** 6)), 1000)
         self.assertNotIn("one", queuectl.exit_error(3, None, b"one\ntwo\n"))
 
-    def test_next_state(self):
-        """Every outcome, with and without a wish to cancel, before and at the last attempt."""
-        completed, dead = ("completed", "completed"), ("dead", "dead")
-        cancelled, ready = ("cancelled", "cancelled"), ("pending", "pending")
-        failed = ("pending", "failed")
-        table = {  # (outcome, cancel): (at attempt 1 of 3, at 3 of 3, at 4 of 3)
-            ("completed", False): (completed, completed, completed),
-            ("completed", True): (completed, completed, completed),
-            ("failed", False): (failed, dead, dead),
-            ("failed", True): (cancelled, cancelled, cancelled),
-            ("timeout", False): (failed, dead, dead),
-            ("timeout", True): (cancelled, cancelled, cancelled),
-            ("lost", False): (ready, dead, dead),
-            ("lost", True): (cancelled, cancelled, cancelled),
-            ("interrupted", False): (ready, ready, ready),
-            ("interrupted", True): (cancelled, cancelled, cancelled),
-            ("cancelled", False): (cancelled, cancelled, cancelled),
-            ("cancelled", True): (cancelled, cancelled, cancelled),
-        }
-        self.assertEqual({outcome for outcome, _ in table}, set(queuectl.OUTCOMES))
-        settings = {"backoff_base": 2, "backoff_max": 3600}
-        for (outcome, cancel), row in table.items():
-            for attempts, (state, view) in zip((1, 3, 4), row):
-                with self.subTest(outcome=outcome, cancel=cancel, attempts=attempts):
-                    got, hold, kept, run_after = queuectl.next_state(
-                        outcome, attempts, 3, cancel, 1000.0, settings)
-                    self.assertEqual((got, queuectl.Job(state=got, hold=hold).view), (state, view))
-                    self.assertEqual(kept, attempts - (outcome == "interrupted"))
-                    self.assertEqual(run_after, 1002.0 if view == "failed" else None)
-
-    def test_the_delays_of_failures(self):
-        """2, 4, 8 s; the cap; and a base of 0 retries at once."""
-        for attempts, settings, expected in [
-            (1, (2, 3600), 1002), (2, (2, 3600), 1004), (3, (2, 3600), 1008),
-            (10 ** 6, (2, 3600), 4600), (1, (0, 3600), None), (5, (1.5, 6), 1006),
-            (3, (2, 0), None),
-        ]:
-            state, hold, _, run_after = queuectl.next_state(
-                "failed", attempts, 10 ** 7, False, 1000.0,
-                dict(zip(("backoff_base", "backoff_max"), settings)))
-            self.assertEqual((state, run_after), ("pending", expected))
-            self.assertEqual(hold == queuectl.READY, expected is None)
-
     def test_settings_have_their_defaults(self):
         defaults = {"max_retries": 3, "backoff_base": 2, "backoff_max": 3600, "job_timeout": 300,
                     "kill_grace": 5, "output_limit": 65536, "keep_completed": 604800}
@@ -628,49 +767,19 @@ class Model(Case):
 
 
 class StorageCase(Case):
-    """What a worker does, without one."""
-
-    def claim(self, queue, worker="w-1"):
-        return queue.turn(None, worker)[1]
-
-    def result(self, claim, outcome="completed", output=b"", **fields):
-        return queuectl.Result(**dict(
-            dict(run=claim.run, seq=claim.seq, outcome=outcome,
-                 output=[(0, output)] if output else [],
-                 exit_code=0 if outcome == "completed" else 1, signal=None,
-                 error=None if outcome == "completed" else outcome,
-                 finished_at=time.time(), seconds=0.0), **fields))
-
-    def settle(self, queue, claim, outcome="completed", **fields):
-        return queue.turn(self.result(claim, outcome, **fields), None)[0]
+    """What tests of class Queue need besides."""
 
     def end(self, queue, id, state):
         """Let a job that is next end as completed, dead or cancelled."""
         if state == "cancelled":
             queue.cancel([id])
         else:
-            claim = self.claim(queue)
-            self.assertEqual(claim.id, id)
-            self.settle(queue, claim, "completed" if state == "completed" else "failed")
+            self.assertEqual(self.run_next(queue, "completed" if state == "completed"
+                                           else "failed").id, id)
         self.assertEqual(queue.get(id).state, state)
 
     def ids(self, jobs):
         return [job.id for job in jobs]
-
-    def clock(self, now=1800000000.0):
-        """A wall clock that stands still: clock.now is the time."""
-        clock = mock.Mock(now=now)
-        clock.side_effect = lambda: clock.now
-        patch = mock.patch("time.time", clock)
-        patch.start()
-        self.addCleanup(patch.stop)
-        return clock
-
-    def refuses(self, says, method, *arguments, **options):
-        with self.assertRaises(QueueError) as caught:
-            result = method(*arguments, **options)
-            self.fail("not refused: %r" % (result,))
-        self.assertIn(says, str(caught.exception))
 
 
 class Schema(StorageCase):
@@ -691,94 +800,112 @@ class Schema(StorageCase):
         self.assertEqual(self.pragma("PRAGMA journal_mode"), "wal")
         self.assertEqual(self.pragma("PRAGMA integrity_check"), "ok")
         with Queue(self.db) as one, Queue(self.db) as again, Queue(self.path("o.db")) as other:
-            self.assertRegex(one.identity(), r"\A[0-9a-f]{32}\Z")
-            self.assertEqual(one.identity(), again.identity())
-            self.assertNotEqual(one.identity(), other.identity())
+            self.assertRegex(one.identity, r"\A[0-9a-f]{32}\Z")
+            self.assertEqual(one.identity, again.identity)
+            self.assertNotEqual(one.identity, other.identity)
 
-    def test_a_database_of_the_first_version_is_upgraded(self):
-        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as old:
-            old.execute("PRAGMA application_id = 0x71756575")
-            old.execute("PRAGMA journal_mode = WAL")
-            for statement in (
-                    *(text for text in queuectl.SCHEMA
-                      if text not in queuectl._RUNS + queuectl._INDEXES),
-                    """CREATE INDEX jobs_ready ON jobs (queue, priority DESC, seq)
-                        WHERE state = 'pending' AND hold = 0""",
-                    """CREATE INDEX jobs_waiting ON jobs (hold, run_after, queue)
-                        WHERE state = 'pending' AND hold > 0""",
-                    """CREATE INDEX jobs_ended ON jobs (state, queue)
-                        WHERE state IN ('completed', 'dead', 'cancelled')""",
-                    """CREATE TABLE runs (
-                        run INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL,
-                        worker TEXT NOT NULL, lock TEXT NOT NULL, started_at REAL NOT NULL,
-                        finished_at REAL, exit_code INTEGER, signal INTEGER, outcome TEXT,
-                        error TEXT, output BLOB)""",
-                    "CREATE INDEX runs_job ON runs (job)",
-                    "CREATE INDEX runs_open ON runs (worker, job) WHERE outcome IS NULL",
-                    *("INSERT INTO jobs (id, command, state, hold, max_retries, created_at, "
-                      "updated_at, queue, priority, run) VALUES ('%s', 'true', '%s', 0, 3, "
-                      "'2026-01-01T00:00:00.000Z', '2026-01-01T00:00:00.000Z', 'q', 0, %s)" % row
-                      for row in (("a", "completed", 4), ("b", "processing", 5),
-                                  ("c", "pending", "NULL"))),
-                    *("INSERT INTO runs VALUES (%d, %d, 'w', 'w.0', 1.5, 2.5, %s, NULL, %s, NULL, "
-                      "x'4142')" % row for row in (
-                          (1, 1, "1", "'failed'"), (2, 2, "1", "'failed'"), (3, 1, "1", "'failed'"),
-                          (4, 1, "0", "'completed'"), (5, 2, "NULL", "NULL"),
-                          (9, 3, "1", "'failed'"))),
-                    "DELETE FROM runs WHERE run = 9", "PRAGMA user_version = 1"):
-                old.execute(statement)
-            old.execute("INSERT INTO workers VALUES ('w', 's', 1, 0, 4711, NULL, '', 0)")
-            lock = self.path("q.db-run", "w.lock")
-            with mock.patch.object(queuectl, "is_held", lambda path: path == lock):
-                self.refuses("older queuectl; let them finish first: kill 4711", Queue, self.db)
-            self.assertEqual(old.execute("PRAGMA user_version").fetchall(), [(1,)])
-        with Queue(self.db) as queue, Queue(self.path("new.db")) as new:
-            self.assertEqual([run.run for run in queue.runs("a")], [1, 3, 4])
-            self.assertEqual([run.outcome for run in queue.runs("b")], ["failed", None])
-            self.assertEqual((queue.runs("a")[2].exit_code, queue.output(4)), (0, b"AB"))
-            self.assertEqual(len(queue.open_runs()), 1)
-            self.assertEqual([queue.counts()[state] for state in queuectl.STATES], [1, 1, 1, 0, 0])
-            self.assertEqual([job.hold for job in queue.jobs()], [-2, -1, 0])
-            self.assertEqual(self.claim(queue).run, 10)
-            tables = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
-            self.assertEqual(*([tuple(row) for row in q._rows(tables)] for q in (queue, new)))
-            self.assertEqual(queue._value("PRAGMA integrity_check"), "ok")
+    # A database that the released program of schema 2 has made: bad ran twice, two other jobs and
+    # their runs were pruned, open runs on a worker that is dead.
+    SCHEMA_2 = """
+        c-rk;U2G#q9iQ>|W1YJ+Er)R;>zcVs%O$GM@yEsa;(FvRrWcw^+Qgx~P~ls9$MM$ouFt#9M=Op-ErLGsA>aWJqQD
+        bx^tDK+QsE6M#0xrjt3;71Pz$A{qUArcYp?CtNs&-{?d?zA+1dH{{b&C3|If^>*Is{kSv46g>h-E@(iHL{j|Y90Q
+        iLFiPzX5~w9`25f&;_h;pgiO)<C`CMX>_*@q*+{ejOt3SP>U4TzrT)aSVb___-6K|4+c(T=+UBoZ8n+cj3atEs8<
+        UJ4iyK$Rm@dh#&t4e+!SHeMqoyZD1IMLlH^B=g*7vTk;ISNs>^V$;zHtZ?GEE6jj?I$#^n-Hjy}+JeN(z=ccCSQt
+        4QFHnrI=y(+5}9G%=B4GyEwl~XtfB1S++L_(GbtOGSGlysVBTMccVa*=eGerD3F)+SZW+)hpwYjwTA3<DbQUXK=>
+        i=`6D&0gs<@$}}Nkv67N{c;snlp7UuQqrVh6bVIeQwO4fr%+Hr`HEgBGo@V%JsOdU&8B8H`=vL<RAiIY>6Wf5rGU
+        _R(3a=36fy)l7iA9Dc`7y?pW5t~j?n8r9eb)NvYhu1qZ6Ug&Yp?U)r&<gryy$uR;e)M-JYW2>2yy~DHz_Sko_=$@
+        nxf8e1#B<hE9p`<(;k7VIYh2bP2@hkEN!kPtQ|3%}^^$GwJ=43frF48kI^xuhuHe?A@Ap43ai`rKe}7nyv9oK6!f
+        K^c+2%IQ?b5l|5#g`K}LCJ`%CpI2LehP~MVNjqR!?P1s8J^bnqi&CJgB5T1;kn@(?v>IGe4G_ml<Uwx%~_Y*HPwG
+        +7Eg&~*?;b4$UPJn|oCFf;D82?UP*S6^WpH9wGL6lO!4c_h5(d2Bekx#^?Al+$0YR;nM{x|6#;KIoBh`d7nMt)8H
+        MSf5IM1BbgE?l^{B@rZHESBE^iG;)|89YWJ*j|k!o-J02K!BXUFq8XvikQfJJOw5eFR#d_Uot56>u)0WuH1!-+XW
+        H^|9@Q18v_F^|0jQO_2R<C#}>nFI|y$`!u$q6_&*^pA@T?EDx6%naPg7D9X^aAnAlGhq!YfNFM>NB_5?oV!+{9)b
+        UlFZwfz4j@>g=x)uam-A3cP;qY>PCSZn*Xf6yBWVg9s`uk>E4O!E<{T}Ish`#diq@*>$L<DOR`>cYjX2BM>H^vk<
+        P8blb4oDA4|TkC5bD~!cq!Mkz&7tj6qe84Uh2%?d(<GyraTB#?k&@OfI<u8fz-RRXKcnnk89^5bcp*rT(fg~~P^(
+        B?<ttX0BXw|R1^8DYe^FN13H$n5My9fpz^fen}vF*zB(r(oXZL*(#^(WT(yGuuq&3l_<{ENI{(u?eJ!#d05)(jxN
+        ae2?W|9=C)$At?QAAcP8j$mv}k3q@u|9>O+xNza(wt<ff;c|fczlZz-{2u}rE?nFOo{zB<5Fv5>--V0Y&;J7w4~b
+        ;?|Bn#)9Rx01xVWV-85|i2N*;7xvL9>8+sSINl<D`@IxjB;MR`%u3b$VCRepLlzG>b6zm4GI!i9_51%6LRyZ{7IF
+        Zm84FOZkXa}aUi!o`P-<K*N}MK;V_y`iN>$i&GqW3^oCtGjgk+)NyBg4`R*%Z0LDEavjE!4i-bBV$(-*_8QpPE`u
+        &nZ&e`KR26}Av-xMpPQb^7p96zG0uwdL~?+<fC#zaAvekQ$qiTYE?j(YIO+F>MsNWC=EniP7+c@-doGyQ?|$R!2v
+        NT`V&~eg>sSTIg>Sz-C_id39Kt>Z^+!AEw`LH}g{NQt;oNbA2FY8<kN1)1E%IB>&peCxCf<i67atU^`UBxpA-o?{
+        HHGc+-(=(%#1tNrF0Ex2vKhLxvY2_4I(c+;MO@Kw!<0=HrTiaQ*aUs#a%L?<OL|42=jqvG(H98c3)G_y^^UBXs<y
+        @BfrI3Bu0zkMq7)XPoLn?ny_cZ-Y5bbk>O$C&BYvL7WB!9uM4lr<P)7NWe)YO)?$O1}`lYU}#2+I5@O}5;tFWw9m
+        ~p+Lnk;89sHqjYFMYPa?83$64DHGs*W@aT!qvpH%Qz4Yh443@6r8*%{2(2*tp*NI8&D7Wk<C1iS)&iFEnQhyyGkF
+        -T%`*e+0~^LsCgx`l8sV&_AD)`b;G2p7PVt~!)(#03e9F7&C-=sI5w7->Bh>^!yB1ss{nXuRo1#nIoV>&yC@bjpI
+        ZQ9`s5jpKRh48NQ{KtdAVWg;yNePpWq??@w3FuPrUz!q6q&0UqCmJ4$*shSg9zxaLmug`HO-~VKpPCF{T(iHrO%D
+        P97g-enrQ{<wSWvXnlWHXr1Tq<9LVGt@6;yrm~~d;%Z&CE1ws%3rv97EM+gRZe;1&>LW{wa?lcXuMk#ddj>y_bqM
+        1rbR0rUp>51j+SY`Yrn^KuCI!NyAmT2e6L1tG$A6E>BLf{OX=QPZ@C!P=qu0yar$9{8-oZ>@@EKiN7s8&o77#snc
+        1-kuSK~*pqX!mQ%R1n)myt$k7r;n0w$19aVZel9?x+Pe4;IeodUjzgn_JshX;Jpl!vQ{vlG|1c{G?U4R%hF)-e?=
+        V-hjHi<$95tCE4UWEecCd{k(zy=(Q`ap8&JOz#S`$OHoaOt~In}sNL>Zbyyp7ARiRG+?NojSWPdKKwSl0Q;ZftQP
+        otV<S;m`<nQj~#JhV<JvdU;ElsW*OmEr(?^{2u*{u;%z)p#GO*Mr<ID+eS-O^nLbFE?0i_5DQC%9j4ENAH%``-=D
+        IK{-|`##1U8W88*UA#(Tu^3Hp;!6)^7U${N1O+=<Sz37j;z_#th0I!uT{cZtt(nFF31TkeO^Q2Bsmi;sY?yVG9W3
+        8AZ^FuAkKdsN0S#VSU!^nYcp^$SvX@!}jhfP%pu^grKz{FtVX>{vHeF%T!cSGRo645eCW7Dh^%}O;GHlt_VX`~Sb
+        6)ge4m3`6SOZ&pV&U!A(bjU@U)`o!WnfB2v_`b2yCnv9@LZF?koO#eE$k>={bt(skxpRCk?H5xVSd%~kF$cKX-jE
+        GQviXg7*S|#O|El8pfJw)ima8L<~1}G^p<Nb7}2(jDl-o=W=BX#-vNu(_V_$>O*HNrEy>%AYC3<x*WRK#8WHdHA5
+        Gn9bE*MqF7v5f2MsFime;mKOjv*FcM;*&@b_>WA_(pNZyVVC@=zcg4&$e%tlb&xP7D#;)wvVnNp$>>$=|U2MC@>*
+        T=l#+RaI-4j?G$^&SK)&aI|Z}6ojpEwgGm{${qU%i`u4av32h$igyIUBO`eKjOZ+o7S$~)ytAXbR$9NE#kO4OcD*
+        h+>w}gYEacQ=zDir+P=_2V&E7>Hkkm!`%$>&r;Yb93ZAY+LmSWhaJ34sn#I}tE-#Yi`O0U7>MGdjUiq%;b=4a46t
+        5l+3kGiw=HEOKBtr~jY<=v?0=KEZP5@PvTnWynNVLEN(Ae~i;Z5!-{_I_A_6kJqpW115kakfS^RXJpa6oX<MJ@Ys
+        -mt3#Qd(CN*Z_oBDl3sh1zPAT@?U2c$%Ow5_P7(9D
+    """
+
+    def test_a_database_of_schema_2_is_upgraded(self):
+        old = zlib.decompress(base64.b85decode(re.sub(r"\s", "", self.SCHEMA_2)))
+        with open(self.db, "wb") as file:
+            file.write(old)
+        folder = self.db + "-run"
+        queuectl.make_folder(folder)
+        for name, says in (("yav2mf", "kill 26605"), ("ys6s73", "kill 26693")):
+            lock = os.path.join(folder, name + ".lock")
+            held = queuectl.hold(lock)
+            self.refuses("older queuectl; let them finish first: " + says, self.queue)
+            queuectl.release(lock, held)
+        # All or nothing:
+        for number in range(1, len(queuectl.UPGRADES[3]) + 1):
+            steps = queuectl.UPGRADES[3][:number] + ("SELECT nobody",)
+            with mock.patch.dict(queuectl.UPGRADES, {3: steps}):
+                self.refuses("no such column: nobody", self.queue)
+        self.assertEqual(read_file(self.db), old)
+
+        queue = self.queue()
+        with mock.patch.object(queuectl, "VERSION", 2):  # while it is in the -wal file only
+            self.refuses("made by a newer queuectl (schema 3; this one knows 2)", self.queue)
+        self.assertEqual({job.id: job.view for job in queue.jobs()}, {
+            "good": "completed", "bad": "dead", "again": "failed", "off": "cancelled",
+            "later": "scheduled", "blocked": "blocked", "open": "processing", "ready": "pending"})
+        self.assertEqual([(job.priority, job.cwd, job.env, job.exit_code) for job in queue.jobs(
+            "completed")], [(5, "/", {"A": "1"}, 0)])
+        self.assertEqual([(run.run, run.outcome, run.error, queue.output(run.run))
+                          for id in ("good", "bad", "again", "open") for run in queue.runs(id)], [
+            (4, "completed", None, b"hello\xff"), (5, "failed", "exit code 3: wrong", b"wrong\n"),
+            (6, "failed", "exit code 3: wrong", b"wrong\n"), (7, "failed", "exit code 1", b""),
+            (8, None, None, b"")])
+        self.assertEqual(queue.identity, "c6817db496ae1029a478bc5fdf0ef012")
+        self.assertEqual(queue.paused(), ["mail"])
+        self.assertEqual([row[:3] for row in queue.stats()], [
+            ("default", "completed", 2), ("default", "failed", 3), ("mail", "failed", 2)])
+        self.assertEqual((queue.settings()["backoff_base"], queue.settings()["keep_completed"]),
+                         (1000, 60480000))
+        self.assertEqual(queue.enqueue("true", unique="k"), "later")
+        self.assertEqual([job.id for job in queue.jobs("pending") if queue.blocker(job)],
+                         ["blocked"])
+        queuectl.Rescuer().finish(queue, lambda text: None)
+        self.assertEqual((self.claim(queue).run, queue.runs("open")[0].outcome), (9, "lost"))
+        tables = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
+        with Queue(self.path("new.db")) as new:
+            self.assertEqual(*([tuple(row) for row in each._rows(tables)] for each in (queue, new)))
+        self.assertEqual(queue._value("PRAGMA integrity_check"), "ok")
 
     def test_any_command_creates_it(self):
+        """Where there is no file, or an empty one."""
         for number, words in enumerate([
                 ("status",), ("list",), ("enqueue", "true"), ("worker", "list"), ("config", "list"),
                 ("metrics",), ("prune",), ("dlq", "list"), ("pause",), ("wait",),
                 ("worker", "stop")]):
             path = self.path("%d.db" % number)
+            if number % 2:
+                open(path, "wb").close()
             self.ok("--db", path, *words)
             self.assertEqual(self.pragma("PRAGMA application_id", path), 0x71756575, words)
-
-    def test_it_adopts_an_empty_file(self):
-        open(self.db, "wb").close()
-        self.ok("enqueue", "true")
-        self.assertEqual(self.pragma("PRAGMA application_id"), 0x71756575)
-
-    def test_files_are_private_whatever_the_umask(self):
-        for umask in (0, 0o777, 0o022):
-            with self.subTest(umask=oct(umask)):
-                folder = self.path("%o" % umask)
-                os.mkdir(folder, 0o700)
-                self.env["QUEUECTL_DB"] = self.db = os.path.join(folder, "q.db")
-                self.addCleanup(os.umask, os.umask(umask))
-                try:
-                    with Queue(self.db) as queue:
-                        queue.enqueue("true")
-                        queue.require_safe()
-                        os.close(queuectl.create_file(os.path.join(queue.folder, "x")))
-                        found = {}
-                        for here, folders, files in os.walk(folder):
-                            for name in folders + files:
-                                mode = os.stat(os.path.join(here, name)).st_mode
-                                found[name] = stat.S_IMODE(mode)
-                finally:
-                    os.umask(0o022)
-                self.assertEqual(found, {"q.db": 0o600, "q.db-wal": 0o600, "q.db-shm": 0o600,
-                                         "q.db-run": 0o700, "x": 0o600})
 
     def test_the_default_place(self):
         """Per user, whatever the working directory; only this folder is made, private."""
@@ -842,13 +969,6 @@ class Schema(StorageCase):
                      if each not in (name + "-wal", name + "-shm")}, {name})
                 os.unlink(path)
 
-    def test_a_database_is_named_in_relation_to_here(self):
-        before = os.getcwd()
-        self.addCleanup(os.chdir, before)
-        os.chdir(self.dir)
-        self.ok("--db", "here.db", "enqueue", "true")
-        self.assertTrue(os.path.exists(self.path("here.db")))
-
     # Indexes.
 
     def recording(self):
@@ -870,6 +990,12 @@ class Schema(StorageCase):
                 *arguments, **dict(options, factory=Recording))):
             return self.queue(), seen
 
+    def claim_beside(self, queue, paused):
+        """A claim while the best job is of a paused queue."""
+        queue.pause(paused)
+        self.assertIsNone(self.claim(queue))
+        queue.resume(paused)
+
     def test_every_query_uses_its_index(self):
         """No full scan of the jobs or the runs; what is counted is a covering index."""
         clock = self.clock()
@@ -878,8 +1004,9 @@ class Schema(StorageCase):
         every, seen_too = self.recording()
         look = sqlite3.connect(self.db)
         self.addCleanup(look.close)
-        look.execute("CREATE TEMP TABLE served (queue TEXT PRIMARY KEY)")
-        look.execute("CREATE TEMP TABLE dead (seq INTEGER)")
+        for statement in ("CREATE TEMP TABLE served (queue TEXT PRIMARY KEY)",
+                          *queuectl.INCOMING[:2], queuectl.NOT_WAITED_FOR[0]):
+            look.execute(statement)
         for number in range(30):
             queue.enqueue("true", id="j%d" % number, unique="u%d" % number)
         queue.enqueue("true", id="due", delay=1)
@@ -891,32 +1018,35 @@ class Schema(StorageCase):
         clock.now += 1
         partial = {row[0] for row in look.execute(
             "SELECT name FROM sqlite_master WHERE type = 'index' AND sql LIKE '%WHERE%'")}
-        self.assertLessEqual({"jobs_ready", "jobs_waiting", "jobs_ended"}, partial)
+        self.assertLessEqual({"jobs_ready", "jobs_next", "jobs_waiting", "jobs_ended"}, partial)
         self.assertLessEqual(len(partial), 5)
         ready, waiting, ended, key = "jobs_ready", "jobs_waiting", "jobs_ended", "PRIMARY KEY"
-        in_order = r"INTEGER PRIMARY KEY \(rowid>\?\)"  # page by page
+        in_order = r"INTEGER PRIMARY KEY \(rowid>\?\)"  # page by page, or what is new
         for name, action, indexes, allowed in [
             ("claim", lambda: self.claim(queue), {ready, waiting, key}, None),
-            ("claim of any", lambda: self.claim(every), {ready, waiting, key}, None),
+            ("claim of any", lambda: self.claim(every), {"jobs_next", waiting, key}, None),
+            ("claim of others", lambda: self.claim_beside(every, "default"),
+             {ready, "jobs_next", key}, None),
             ("settle", lambda: self.settle(every, self.claim(every)), {key, "deps_needs"}, None),
             ("next due", queue.next_due, {waiting}, None),
             ("orphans", queue.orphans, set(), None),
             ("counts", queue.counts, {ready, waiting, ended}, None),
-            ("oldest", queue.oldest_ready, {ready, key}, None),
-            ("left", lambda: queue.work_left("s"), {ready, waiting}, None),
+            ("oldest", queue.oldest_ready, {key}, None),
+            ("left", lambda: queue.work_left("s"), {waiting}, None),
             ("workers", queue.workers, set(), None),
-            ("wake", lambda: queue.wake(None, 1), set(), None),
+            ("wake", lambda: queue.wake(["default"]), set(), None),
             ("get", lambda: queue.get("j5"), {"(id=?)"}, None),
             ("runs", lambda: queue.runs("j5"), {key}, None),
-            ("enqueue", lambda: queue.enqueue("true"), set(), None),
-            ("unique", lambda: queue.enqueue("true", unique="u9"), {"(key=?)"}, None),
-            ("after", lambda: queue.enqueue("true", after=["j9"]), {"(id=?)"}, None),
+            ("enqueue", lambda: queue.enqueue("true"), set(), in_order),
+            ("unique", lambda: queue.enqueue("true", unique="u9"), {"(key=?)"}, in_order),
+            ("after", lambda: queue.enqueue("true", after=["j9"]), {"(id=?)"}, in_order),
             ("blocker", lambda: queue.blocker(queue.get("blocked")), {key}, None),
             ("stuck", lambda: queue.stuck(queue.get("blocked")), {key}, None),
             ("cancel", lambda: queue.cancel(["j7"]), {key}, None),
             ("retry", lambda: queue.retry(["j7"]), {key}, None),
             ("retry all", queue.retry_all, {ended}, None),
-            ("progress", lambda: queue.progress(100, 0, None), {ready, waiting, ended}, None),
+            ("wait", queue.wait_for_all, {ended}, None),
+            ("progress", lambda: queue.progress(100, None), {waiting, ended}, None),
             ("list", queue.jobs, {key}, in_order),
             ("prune", lambda: queue.prune(queuectl.ENDED), {key}, in_order),
         ] + [("list " + state, lambda state=state: queue.jobs(state), set() if
@@ -944,7 +1074,7 @@ class Schema(StorageCase):
                     if how == "SCAN":
                         good = index and index.split()[0] in partial
                     else:  # a range of row numbers may be the whole table
-                        good = not index and "max(run)" in sql \
+                        good = not index and re.search(r"max\((run|seq)\)", sql) \
                             or index and ("PRIMARY KEY" not in index or "rowid=" in index)
                     self.assertTrue(good or allowed and re.search(allowed, detail),
                                     "%s: %s" % (detail, sql))
@@ -1010,124 +1140,30 @@ class Storage(StorageCase):
         self.assertEqual(queue.runs(id), [])
         self.assertEqual(clock.now, 1800000000.0)
 
-    def test_a_job_with_everything(self):
-        self.clock()
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="first")
-            id = queue.enqueue("x 'y'\n\u00fc", id="all", queue="mail", priority=-7, max_retries=9,
-                               timeout="10m", run_at="2030-01-01T00:00Z", cwd="/",
-                               env={"A": "\u00fc"}, after=["first"], unique="key")
-        self.assertEqual(id, "all")
-        job = self.queue().get("all").as_dict()  # also from another connection
-        for key, value in dict(
-                command="x 'y'\n\u00fc", state="pending", queue="mail", priority=-7, max_retries=9,
-                timeout=600, run_at="2030-01-01T00:00:00.000Z", cwd="/", env={"A": "\u00fc"},
-                after=["first"], unique="key").items():
-            self.assertEqual(job[key], value, key)
-
     def test_the_life_of_a_job(self):
-        """Every start is a run, kept across retries and `dlq retry`; attempts count."""
+        """What ModelTest does not look at: times, codes and signals of its runs."""
         clock = self.clock()
         queue = self.queue()
         queue.enqueue("true", id="a", max_retries=2)
-        one = self.claim(queue)
-        self.assertEqual((one.id, one.command, one.attempts), ("a", "true", 1))
+        self.settle(queue, self.claim(queue), "failed", exit_code=3, error="exit code 3")
         job = queue.get("a")
-        self.assertEqual((job.state, job.attempts, job.locked_by, job.locked_at),
-                         ("processing", 1, "w-1", "2027-01-15T08:00:00.000Z"))
-        self.assertIsNone(self.claim(queue))
-        self.settle(queue, one, "failed", exit_code=3, error="exit code 3", output=b"one\n")
-        job = queue.get("a")
-        self.assertEqual((job.state, job.view, job.attempts, job.exit_code, job.last_error,
-                          job.locked_by, job.locked_at, job.run_at),
-                         ("pending", "failed", 1, 3, "exit code 3", None, None,
-                          "2027-01-15T08:00:02.000Z"))
+        self.assertEqual((job.exit_code, job.last_error, job.run_at, job.locked_at),
+                         (3, "exit code 3", "2027-01-15T08:00:02.000Z", None))
         clock.now += 1.99
         self.assertIsNone(self.claim(queue))
-        self.assertEqual(queue.next_due(), 1800000002.0)
         clock.now += 0.01
-        two = self.claim(queue, "w-2")
-        self.settle(queue, two, "timeout", exit_code=None, signal=15, error="too long")
-        job = queue.get("a")
-        self.assertEqual((job.state, job.attempts, job.last_error), ("dead", 2, "too long"))
-        self.assertIsNone(self.claim(queue))
+        claim = self.claim(queue)
+        self.assertEqual(queue.get("a").locked_at, "2027-01-15T08:00:02.000Z")
+        self.settle(queue, claim, "timeout", exit_code=None, signal=15)
         queue.retry(["a"])
-        job = queue.get("a")
-        self.assertEqual((job.state, job.view, job.attempts, job.run_at, job.last_error),
-                         ("pending", "pending", 0, None, None))
         clock.now += 5
-        three = self.claim(queue)
-        self.assertEqual(three.attempts, 1)
-        self.settle(queue, three, output=b"three\n", exit_code=0)
+        self.run_next(queue)
         job = queue.get("a")
-        self.assertEqual((job.state, job.exit_code, job.last_error), ("completed", 0, None))
-        runs = queue.runs("a")
-        self.assertEqual([(run.number, run.outcome, run.worker, run.exit_code, run.signal)
-                          for run in runs],
-                         [(1, "failed", "w-1", 3, None), (2, "timeout", "w-2", None, 15),
-                          (3, "completed", "w-1", 0, None)])
-        self.assertEqual([queue.output(run.run) for run in runs], [b"one\n", b"", b"three\n"])
-        self.assertEqual([run.started_at for run in runs], [
-            "2027-01-15T08:00:00.000Z", "2027-01-15T08:00:02.000Z", "2027-01-15T08:00:07.000Z"])
-        self.assertEqual(len({run.run for run in runs}), 3)
-
-    def test_first_in_first_out_within_a_priority(self):
-        queue = self.queue()
-        for id, priority in [("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5), ("f", 0)]:
-            queue.enqueue("true", id=id, priority=priority)
-        self.assertEqual(self.ids(self.claim(queue) for _ in range(6)), list("beacfd"))
-        self.assertIsNone(self.claim(queue))
-
-    def test_queues(self):
-        """A worker takes jobs of its own queues only, the best of all of them first."""
-        all, one, two = self.queue(), self.queue(), self.queue()
-        one.serve(["a"])
-        two.serve(["b", "c", "nothing"])
-        for id, queue, priority in [("1", "a", 0), ("2", "b", 0), ("3", "c", 1), ("4", "b", 0),
-                                    ("5", "a", 0), ("6", "d", 0), ("7", "A", 9)]:
-            all.enqueue("true", id=id, queue=queue, priority=priority)
-        self.assertEqual(self.ids(self.claim(two) for _ in range(2)), ["3", "2"])
-        self.assertEqual(self.claim(one).id, "1")
-        self.assertEqual(self.claim(all).id, "7")
-        self.assertEqual(self.claim(two).id, "4")
-        self.assertIsNone(self.claim(two))
-        self.assertEqual(self.ids(self.claim(all) for _ in range(2)), ["5", "6"])
-        self.assertEqual(self.ids(all.jobs(queue="b")), ["2", "4"])
-        self.assertEqual(self.ids(all.jobs("processing", "a")), ["1", "5"])
-
-    def test_pause_and_resume(self):
-        queue = self.queue()
-        for name in "abc":
-            queue.enqueue("true", id=name, queue=name)
-        queue.pause("a")
-        queue.pause("a")
-        self.assertEqual(self.claim(queue).id, "b")
-        queue.pause()
-        self.assertIsNone(self.claim(queue))
-        self.assertEqual(len(queue.paused()), 2)
-        queue.resume("a")
-        self.assertIsNone(self.claim(queue))
-        queue.resume()
-        self.assertEqual(queue.paused(), [])
-        self.assertEqual(self.ids(self.claim(queue) for _ in range(2)), ["a", "c"])
-
-    def test_later_jobs_become_due(self):
-        clock = self.clock()
-        queue = self.queue()
-        queue.enqueue("true", id="hour", delay="1h", priority=9)
-        queue.enqueue("true", id="soon", run_at=clock.now + 10)
-        queue.enqueue("true", id="past", run_at=clock.now - 10)
-        queue.enqueue("true", id="now", delay=0)
-        self.assertEqual(queue.counts()["scheduled"], 2)
-        self.assertEqual(self.ids(queue.jobs("scheduled")), ["hour", "soon"])
-        self.assertEqual(queue.next_due(), clock.now + 10)
-        self.assertEqual([self.claim(queue).id, self.claim(queue).id], ["past", "now"])
-        self.assertIsNone(self.claim(queue))
-        clock.now += 10
-        self.assertEqual(self.claim(queue).id, "soon")
-        clock.now += 3600
-        self.assertEqual(self.claim(queue).id, "hour")
-        self.assertIsNone(queue.next_due())
+        self.assertEqual((job.exit_code, job.started_at, job.finished_at),
+                         (0, "2027-01-15T08:00:07.000Z", "2027-01-15T08:00:07.000Z"))
+        self.assertEqual([(run.exit_code, run.signal, run.started_at) for run in queue.runs("a")], [
+            (3, None, "2027-01-15T08:00:00.000Z"), (None, 15, "2027-01-15T08:00:02.000Z"),
+            (0, None, "2027-01-15T08:00:07.000Z")])
 
     def test_more_jobs_become_due_than_one_transaction_moves(self):
         clock = self.clock()
@@ -1137,132 +1173,20 @@ class Storage(StorageCase):
         self.assertEqual([self.claim(queue).id for _ in range(1200)], ids)
         self.assertIsNone(self.claim(queue))
 
-    def test_jobs_that_wait_for_others(self):
-        clock = self.clock()
-        queue = self.queue()
-        list(queue.enqueue_many([
-            {"id": "c", "command": "true", "after": ["a", "b", "a"]},  # named before they come
-            {"id": "a", "command": "true"}, {"id": "b", "command": "true"},
-            {"id": "d", "command": "true", "after": "c", "delay": 60}]))
-        self.assertEqual(queue.counts()["blocked"], 2)
-        self.assertEqual(queue.get("c").after, ["a", "b"])
-        self.assertEqual(queue.blocker(queue.get("c")), ("a", "pending"))
-        a, b = self.claim(queue), self.claim(queue)
-        self.assertEqual(self.ids([a, b]), ["a", "b"])
-        self.settle(queue, a)
-        self.assertIsNone(self.claim(queue))
-        self.settle(queue, b)
-        c = self.claim(queue)
-        self.assertEqual(c.id, "c")
-        self.settle(queue, c)
-        self.assertEqual(queue.get("d").view, "scheduled")
-        self.assertIsNone(self.claim(queue))
-        clock.now += 60
-        self.assertEqual(self.claim(queue).id, "d")
-        queue.enqueue("true", id="e", after=["a", "b"])  # they have completed
-        self.assertEqual(self.claim(queue).id, "e")
-
-    def test_a_job_after_one_that_ends_badly_stays_blocked_until_that_is_retried(self):
-        for state in ("dead", "cancelled"):
-            with self.subTest(state), Queue(self.path(state + ".db")) as queue:
-                queue.enqueue("true", id="a", max_retries=1)
-                queue.enqueue("true", id="b", after=["a"])
-                queue.enqueue("true", id="c", after=["b"])
-                self.assertFalse(queue.stuck(queue.get("b")))
-                self.end(queue, "a", state)
-                self.assertIsNone(self.claim(queue))
-                self.assertEqual(queue.blocker(queue.get("b")), ("a", state))
-                self.assertTrue(queue.stuck(queue.get("b")) and queue.stuck(queue.get("c")))
-                self.assertEqual(queue.prune(queuectl.ENDED), 0)  # b waits for it
-                queue.retry(["a"])
-                self.assertFalse(queue.stuck(queue.get("c")))
-                for id in "abc":
-                    self.end(queue, id, "completed")
-
-    def test_the_end_of_a_job_keeps_its_time(self):
-        """Though what it would have waited for completes later."""
-        clock = self.clock()
-        queue = self.queue()
-        queue.enqueue("true", id="a")
-        queue.enqueue("true", id="b", after=["a"])
-        queue.cancel(["b"])
-        clock.now += 1000
-        self.end(queue, "a", "completed")
-        self.assertEqual(queue.get("b").updated_at, "2027-01-15T08:00:00.000Z")
-        self.assertEqual(queue.prune(["cancelled"], 500), 1)
-
-    def test_no_job_waits_for_ever_for_one_that_was_deleted(self):
-        """A dead job stays while another, though cancelled itself, could still be retried."""
-        queue = self.queue()
-        queue.enqueue("true", id="a", max_retries=1)
-        queue.enqueue("true", id="b", after=["a"])
-        self.end(queue, "a", "dead")
-        queue.cancel(["b"])
-        self.assertEqual(queue.prune(["dead"]), 0)
-        queue.retry(["b"])
-        self.assertEqual(queue.blocker(queue.get("b")), ("a", "dead"))
-        self.assertTrue(queue.stuck(queue.get("b")))
-        queue.cancel(["b"])
-        self.assertEqual(queue.prune(["cancelled"]), 1)
-        self.assertEqual(queue.prune(["dead"]), 1)
-
-    def test_circles_and_unknown_jobs_are_refused(self):
-        queue = self.queue()
-        queue.enqueue("true", id="x")
-        for says, jobs in [
-            ("there is no job nope", [dict(id="a", after=["nope"])]),
-            ("circle", [dict(id="a", after=["a"])]),
-            ("circle", [dict(id="a", after=["c"]), dict(id="b", after=["a", "x"]),
-                        dict(id="c", after=["b"])]),
-        ]:
-            self.refuses(says, queue.enqueue_many, [dict(job, command="true") for job in jobs])
-            self.assertEqual(self.ids(queue.jobs()), ["x"])
-        # A ladder is no circle.
-        ids = ["j%d" % number for number in range(50)]
-        list(queue.enqueue_many(dict(id=id, command="true", after=ids[number + 1:number + 3])
-                                for number, id in enumerate(ids)))
-        self.assertEqual(self.ids(self.claim(queue) for _ in range(2)), ["x", "j49"])
-
-    def test_unique_keys(self):
-        """At most one job with a key that has not ended; who comes second gets its id."""
-        queue = self.queue()
-        self.assertEqual(queue.enqueue("one", id="a", unique="k"), "a")
-        self.assertEqual(queue.enqueue("two", unique="k"), "a")
-        self.assertEqual(queue.enqueue("two", id="b", unique="l"), "b")
-        notes = []
-        self.assertEqual(list(queue.enqueue_from(
-            [("", dict(command="x", unique="k")), ("", dict(command="x", id="c", unique="m")),
-             ("", dict(command="x", unique="m"))], notes.append)), ["a", "c", "c"])
-        self.assertEqual(len(notes), 2)
-        self.assertEqual(self.ids(queue.jobs()), ["a", "b", "c"])
-        claim = self.claim(queue)
-        self.assertEqual(queue.enqueue("x", unique="k"), "a")  # it runs
-        self.settle(queue, claim, "failed")
-        self.assertEqual(queue.enqueue("x", unique="k"), "a")  # it waits for a retry
-        queue.cancel(["a"])
-        self.assertEqual(queue.enqueue("x", id="d", unique="k"), "d")
-        self.refuses("k", queue.retry, ["a"])
-        self.assertEqual(queue.get("a").state, "cancelled")
-        queue.cancel(["d"])
-        queue.retry(["a"])
-        self.refuses("k", queue.retry, ["d"])
-        self.assertEqual(queue.enqueue("x", unique="k"), "a")
-
     def test_many_or_none(self):
         """A list is stored in one transaction, and an error names its place."""
         queue = self.queue()
         queue.enqueue("true", id="taken")
         good = [{"command": "true", "id": "n%d" % number} for number in range(2500)]
         for says, wrong in [
-            ("job 2001: ", {"command": ""}), ("job 2001: ", {"command": "true", "colour": 1}),
-            ("job 2001: ", {}), ("job 2001: ", "true"), ("job 2001: ", None),
+            ("job 2001: ", {"command": ""}), ("job 2001: ", None),
             ("job 2001: the id taken is taken", {"command": "true", "id": "taken"}),
             ("job 2001: the id n5 is taken", {"command": "true", "id": "n5"}),
         ]:
             with self.subTest(wrong=wrong):
                 self.refuses(says, queue.enqueue_many, good[:2000] + [wrong] + good[2000:])
                 self.assertEqual(self.ids(queue.jobs()), ["taken"])
-        self.assertEqual(len(list(queue.enqueue_many(good))), 2500)
+        self.assertEqual(list(queue.enqueue_many(good)), self.ids(queue.jobs())[1:])
         self.assertEqual(list(queue.enqueue_many([])), [])
 
     def test_a_source_that_breaks_stores_nothing(self):
@@ -1295,7 +1219,7 @@ class Storage(StorageCase):
             self.assertEqual(self.ids(queue.jobs())[-len(ids):], ids)
 
     def test_more_jobs_than_fit_in_memory_keep_their_order(self):
-        """12,345 of them go through the temporary file, some with ids and keys."""
+        """12,345 of them go through the temporary table, some with ids and keys."""
         queue = self.queue()
         jobs = [dict(command="echo %d" % number) for number in range(12345)]
         for number in range(0, 12345, 1000):
@@ -1310,67 +1234,14 @@ class Storage(StorageCase):
         self.assertEqual([(job.id, job.command) for job in queue.jobs()], expected)
         self.assertEqual(queue.counts()["pending"], len(expected))
 
-    def test_lists_go_beyond_a_page(self):
-        queue = self.queue()
-        ids = list(queue.enqueue_many(
-            {"command": "true", "queue": "ab"[number % 2], "delay": 9999 * (number % 3 == 0)}
-            for number in range(3500)))
-        for arguments, expected in [
-            ((), ids), ((None, None, 10), ids[:10]), ((None, None, 1000), ids[:1000]),
-            ((None, None, 2345), ids[:2345]), ((None, None, 0), []), ((None, "b"), ids[1::2]),
-            ((None, "b", 1200), ids[1:2400:2]), (("scheduled",), ids[::3]),
-            (("scheduled", "b"), ids[3::6]), (("scheduled", None, 1001), ids[:3003:3]),
-            (("pending",), ids), (("dead",), []), (("blocked", "a"), []), ((None, "none"), []),
-        ]:
-            with self.subTest(arguments=arguments):
-                self.assertEqual(self.ids(queue.jobs(*arguments)), expected)
-
-    def test_no_read_outlives_a_page(self):
-        """A slow reader of a list (`list | less`) pins nothing: others write and checkpoint,
-        and the list goes on with what is there then."""
-        queue, other = self.queue(), self.queue()
-        list(queue.enqueue_many({"command": "true"} for _ in range(1500)))
-        jobs = queue.jobs()
-        next(jobs)
-        other.enqueue("true", id="new")
-        connection = sqlite3.connect(self.db, timeout=0)
-        self.addCleanup(connection.close)
-        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        self.assertEqual(busy, 0)
-        self.assertEqual([job.id for job in jobs][-1], "new")
-
-    def test_states_and_views(self):
-        clock = self.clock()
-        queue = self.queue()
-        for id, options in [("dead", dict(max_retries=1)), ("done", {}), ("bad", {}), ("run", {})]:
-            queue.enqueue("true", id=id, **options)
-            self.settle(queue, self.claim(queue), {"done": "completed"}.get(id, "failed")) \
-                if id != "run" else self.claim(queue)
-        queue.enqueue("true", id="ready")
-        queue.enqueue("true", id="later", delay=60)
-        queue.enqueue("true", id="blocked", after=["later"])
-        queue.enqueue("true", id="gone")
-        queue.cancel(["gone"])
-        clock.now += 1
-        expected = {"pending": ["bad", "ready", "later", "blocked"], "processing": ["run"],
-                    "completed": ["done"], "dead": ["dead"], "cancelled": ["gone"],
-                    "failed": ["bad"], "scheduled": ["later"], "blocked": ["blocked"]}
-        for state in queuectl.STATES + queuectl.VIEWS:
-            self.assertEqual(self.ids(queue.jobs(state)), expected[state], state)
-        self.assertEqual(queue.counts(), {state: len(ids) for state, ids in expected.items()})
-        # The same, where so many are of a state that the table is read in order.
-        with mock.patch.object(queuectl, "RARE", 0):
-            for state in queuectl.STATES + queuectl.VIEWS:
-                self.assertEqual(self.ids(queue.jobs(state)), expected[state], state)
-        self.refuses("failed", queue.jobs("faild").__next__)
-
     def test_what_is_counted_is_of_one_moment(self):
         """A job that is put back meanwhile is neither missed nor counted twice."""
         queue, other = self.queue(), self.queue()
         queue.enqueue("true")
         read = queue._rows
+        last = queue.wait_for_all()
         for count in (lambda: sum(map(queue.counts().get, ("pending", "processing"))),
-                      lambda: queue.progress(queue.last_seq(), 0, None)[0]):
+                      lambda: queue.progress(last, None)[0]):
             for reads_before in range(5):
                 claim, reads = self.claim(other), []
 
@@ -1390,177 +1261,39 @@ class Storage(StorageCase):
             queue._execute("ROLLBACK")  # as SQLite does where it cannot read
             raise queuectl.DatabaseUnavailable("disk I/O error")
 
-    def test_cancel(self):
-        queue = self.queue()
-        special = {"b": dict(delay=60), "c": dict(after=["a"])}
-        for id in "abcdef":
-            queue.enqueue("true", id=id, **special.get(id, {}))
-        one = self.claim(queue)
-        self.assertEqual(one.id, "a")
-        jobs = queue.cancel(["a", "b", "c", "d"])
-        self.assertEqual([job.state for job in jobs], ["processing"] + ["cancelled"] * 3)
-        self.assertTrue(queue.cancel_requested(one))
-        self.settle(queue, one, "cancelled")
-        self.assertEqual(queue.get("a").state, "cancelled")
-        queue.cancel(["a", "b"])  # once more does no harm
-        self.refuses("no job abc", queue.cancel, "abc")  # one id is one
-        self.refuses("no job abc", queue.retry, "abc")
-        two = self.claim(queue)
-        self.assertEqual(two.id, "e")
-        queue.cancel(["e"])
-        self.settle(queue, two, "completed")  # it was quicker
-        self.assertEqual(queue.get("e").state, "completed")
-        for says, ids in [("ended already", ["f", "e"]), ("no job nope", ["f", "nope"])]:
-            self.refuses(says, queue.cancel, ids)
-            self.assertEqual(queue.get("f").state, "pending")
-        three = self.claim(queue)
-        queue.cancel(["f"])
-        self.settle(queue, three, "interrupted")
-        self.assertEqual((queue.get("f").state, queue.get("f").attempts), ("cancelled", 0))
-
-    def test_retry(self):
-        queue = self.queue()
-        for id, state in [("a", "dead"), ("b", "cancelled"), ("c", "completed"), ("d", "dead")]:
-            queue.enqueue("true", id=id, max_retries=1)
-            self.end(queue, id, state)
-        queue.enqueue("true", id="e")
-        for says, ids in [("c is completed", ["a", "c"]), ("e is pending", ["a", "e"]),
-                          ("no job nope", ["a", "nope"])]:
-            self.refuses(says, queue.retry, ids)
-            self.assertEqual(queue.get("a").state, "dead")
-        self.assertEqual(queue.retry_all(), 2)
-        self.assertEqual([job.state for job in queue.jobs()],
-                         ["pending", "cancelled", "completed", "pending", "pending"])
-        queue.retry(["b"])
-        self.assertEqual(self.ids(self.claim(queue) for _ in range(4)), ["a", "b", "d", "e"])
-
-    def test_retry_all_leaves_those_whose_key_is_taken(self):
-        queue = self.queue()
-        for id, key in [("a", "k"), ("b", "k"), ("c", "l"), ("d", None)]:
-            queue.enqueue("true", id=id, unique=key, max_retries=1)
-            self.end(queue, id, "dead")
-        queue.enqueue("true", id="e", unique="l")
-        self.assertEqual(queue.retry_all(), 2)
-        self.assertEqual([job.state for job in queue.jobs()],
-                         ["pending", "dead", "dead", "pending", "pending"])
-        self.refuses("l", queue.retry, ["b", "c"])
-        self.assertEqual(queue.get("b").state, "dead")
-
     def test_retry_all_lets_others_write_in_between(self):
         queue, other = self.queue(), self.queue()
         list(queue.enqueue_many({"command": "true"} for _ in range(25)))
         queue._execute("UPDATE jobs SET state = 'dead', hold = -2")
         seen = []
 
-        def wake(name, count):
-            seen.append((count, other.counts()["pending"]))
-            if len(seen) == 1:  # somebody else retries one, and another one is dead again
-                other.retry([job.id for job in other.jobs("dead")][-1:])
+        def wake(queues):
+            seen.append((queues, other.counts()["pending"]))
+            if len(seen) == 1:  # somebody else does not want one, and another is dead again
+                last = [job.id for job in other.jobs("dead")][-1:]
+                other.retry(last)
+                other.cancel(last)
                 other._execute("UPDATE jobs SET state = 'dead', hold = -2 WHERE seq = 1")
         with mock.patch.object(queuectl, "PAGE", 10), mock.patch.object(queue, "wake", wake):
             self.assertEqual(queue.retry_all(), 24)
-        self.assertEqual(seen, [(10, 10), (10, 20), (4, 24)])
-        self.assertEqual(queue.counts()["dead"], 1)
+        self.assertEqual(seen, [({"default"}, 10), ({"default"}, 19), ({"default"}, 23)])
+        self.assertEqual((queue.counts()["dead"], queue.counts()["cancelled"]), (1, 1))
 
-    def test_prune(self):
-        clock = self.clock()
-        queue = self.queue()
-        for id, state in [("a", "completed"), ("b", "dead"), ("c", "cancelled")]:
-            queue.enqueue("true", id=id, max_retries=1)
-            self.end(queue, id, state)
-        clock.now += 100
-        queue.enqueue("true", id="d")
-        self.end(queue, "d", "completed")
-        queue.enqueue("true", id="e")
-        self.assertEqual(queue.prune(["completed"], 101), 0)
-        self.assertEqual(queue.prune(["completed"], 50), 1)
-        self.assertEqual(self.ids(queue.jobs()), ["b", "c", "d", "e"])
-        self.assertEqual(queue.prune(["dead"], 50), 1)
-        self.assertEqual(queue.prune(queuectl.ENDED), 2)
-        self.assertEqual(self.ids(queue.jobs()), ["e"])
-        self.refuses("no job a", queue.runs, "a")
-        self.assertEqual(queue.enqueue("true", id="a"), "a")  # the id is free again
-        self.assertEqual(queue.runs("a"), [])
-
-    def test_prune_goes_through_all_and_gives_the_space_back(self):
-        queue = self.queue(durable=False)
-        list(queue.enqueue_many({"command": "x" * 2000} for _ in range(2600)))
-        ids = self.ids(queue.jobs())
-        queue.cancel(ids[100:])
-        big = os.stat(self.db).st_size + os.stat(self.db + "-wal").st_size
-        self.assertEqual(queue.prune(["cancelled"]), 2500)
-        self.assertEqual(self.ids(queue.jobs()), ids[:100])
-        queue.close()
-        self.assertLess(os.stat(self.db).st_size, big / 4)
-
-    def test_settings(self):
+    def test_retry_all_leaves_what_was_cancelled_meanwhile(self):
+        """Between its read and its write, too."""
         queue, other = self.queue(), self.queue()
-        for key, value, expected in [
-            ("max_retries", "5", 5), ("max-retries", 7, 7), ("backoff_base", "1.5", 1.5),
-            ("backoff_max", "2h", 7200), ("job_timeout", "0", 0), ("kill_grace", "0.5", 0.5),
-            ("output_limit", "1M", 1048576), ("keep_completed", "0", 0)]:
-            queue.set_setting(key, value)
-            self.assertEqual(other.settings()[key.replace("-", "_")], expected)
-        for key, value in [("max_retries", "-1"), ("max_retries", "1.5"), ("max_retries", ""),
-                           ("backoff_base", "-2"), ("backoff_base", "nan"), ("backoff_max", "soon"),
-                           ("job_timeout", "-1"), ("output_limit", "-1"), ("output_limit", "1T"),
-                           ("keep_completed", "inf"), ("kill_grace", None), ("nope", "1")]:
-            self.refuses(key, queue.set_setting, key, value)
-        self.assertEqual(queue.settings()["max_retries"], 7)
-        queue.unset_setting("max-retries")
-        self.assertEqual(other.settings()["max_retries"], 3)
+        list(queue.enqueue_many({"command": "true", "id": id} for id in "ab"))
+        queue._execute("UPDATE jobs SET state = 'dead', hold = -2")
+        begin, notes = queue._transaction, []
 
-    def test_max_retries_is_fixed_at_enqueue_and_the_rest_holds_at_once(self):
-        clock = self.clock()
-        queue = self.queue()
-        queue.enqueue("true", id="a")
-        queue.set_setting("max_retries", 1)
-        queue.enqueue("true", id="b")
-        queue.set_setting("backoff_base", 10)
-        queue.set_setting("job_timeout", "7s")
-        queue.set_setting("kill_grace", "3s")
-        claim = self.claim(queue)
-        self.assertEqual((claim.max_retries, claim.timeout, claim.kill_grace), (3, 7, 3))
-        self.settle(queue, claim, "failed")
-        self.assertEqual(queue.next_due(), clock.now + 10)
-        queue.set_setting("backoff_base", 0)
-        self.settle(queue, self.claim(queue), "failed")
-        self.assertEqual(queue.get("b").state, "dead")
-        clock.now += 10
-        self.settle(queue, self.claim(queue), "failed")
-        self.assertEqual(self.claim(queue).attempts, 3)  # at once
-
-    def test_a_settle_is_fenced_by_its_run(self):
-        """A result of a run that does not hold its job any more changes nothing at all."""
-        queue = self.queue()
-        queue.set_setting("backoff_base", 0)
-        queue.enqueue("true", id="a")
-        first = self.claim(queue, "w-1")
-        self.assertIsNotNone(self.settle(queue, first, "lost", error="worker died"))
-        second = self.claim(queue, "w-2")
-        self.assertEqual((second.id, second.attempts), ("a", 2))
-        for outcome in queuectl.OUTCOMES:
-            before = queue.get("a").as_dict(), [run.as_dict() for run in queue.runs("a")]
-            self.assertIsNone(self.settle(queue, first, outcome, output=b"late", error="late"))
-            self.assertEqual(
-                (queue.get("a").as_dict(), [run.as_dict() for run in queue.runs("a")]), before)
-        self.assertIsNotNone(self.settle(queue, second))
-        for claim in (first, second):  # twice is once
-            self.assertIsNone(self.settle(queue, claim, "failed"))
-        self.assertEqual([run.outcome for run in queue.runs("a")], ["lost", "completed"])
-        self.assertEqual(queue.output(queue.runs("a")[0].run), b"")
-
-    def test_one_turn_settles_and_claims(self):
-        queue = self.queue()
-        for id in "ab":
-            queue.enqueue("true", id=id)
-        one = self.claim(queue)
-        settled, two = queue.turn(self.result(one), "w-1")
-        self.assertEqual((settled.state, two.id), ("completed", "b"))
-        settled, none = queue.turn(self.result(one), "w-1")  # stale: and still it claims
-        self.assertEqual((settled, none), (None, None))
-        settled, again = queue.turn(self.result(two, "interrupted"), "w-1")
-        self.assertEqual((settled.state, again.id, again.attempts), ("pending", "b", 1))
+        def late():
+            other.retry(["b"])
+            other.cancel(["b"])
+            return begin()
+        with mock.patch.object(queue, "_transaction", late):
+            self.assertEqual(queue.retry_all(notes.append), 1)
+        self.assertEqual([job.state for job in queue.jobs()], ["pending", "cancelled"])
+        self.assertEqual(notes, ["job b is not dead any more"])
 
     def test_a_result_has_the_time_at_which_it_was_stored(self):
         """Not that at which its worker began to wait for the writer lock."""
@@ -1577,7 +1310,7 @@ class Storage(StorageCase):
 
     def test_a_sweep_spares_who_has_just_registered(self):
         queue, other = self.queue(), self.queue()
-        queue.require_safe()
+        queuectl.require_safe(self.db)
         queue.register("dead", "s", 1, 0, None)
         os.close(queuectl.create_file(queue.lock_path("new")))
 
@@ -1589,77 +1322,25 @@ class Storage(StorageCase):
             queue.sweep()
         self.assertEqual(queue._rows("SELECT name FROM workers")[0]["name"], "new")
 
-    def test_run_numbers_are_never_used_twice(self):
-        queue = self.queue()
-        numbers = []
-        for _ in range(3):
-            queue.enqueue("true", id="a")
-            claim = self.claim(queue)
-            numbers.append(claim.run)
-            self.settle(queue, claim)
-            self.assertEqual(queue.prune(queuectl.ENDED), 1)
-        self.assertEqual(len(set(numbers)), 3)
-        self.assertEqual(sorted(numbers), numbers)
-        self.refuses("deleted", queue.output, numbers[0])
-
-    def test_numbers_for_statistics(self):
-        clock = self.clock()
-        queue = self.queue()
-        for number in range(4):
-            queue.enqueue("true", max_retries=1)
-            self.settle(queue, self.claim(queue), "failed" if number == 3 else "completed",
-                        seconds=2.0)
-        self.assertEqual(sorted(queue.stats()), [("default", "completed", 3, 6.0),
-                                                 ("default", "failed", 1, 2.0)])
-        clock.now += 3 * 3600
-        queue.fold_stats(clock.now)
-        self.assertEqual(queue.stats(clock.now - 3600), [])
-        self.assertEqual(sorted(queue.stats()), [("default", "completed", 3, 6.0),
-                                                 ("default", "failed", 1, 2.0)])
-
-    def test_a_busy_worker_counts_its_runs_now_and_then(self):
-        queue = self.queue()
-        list(queue.enqueue_many({"command": "true"} for _ in range(4)))
-        claim = self.claim(queue)
-        counted = []
-        for delay in (PATIENCE, PATIENCE, 0, PATIENCE):
-            with mock.patch.object(queuectl, "TALLY_DELAY", delay):
-                _, claim = queue.turn(self.result(claim), "w", "w.0")
-            counted.append(sum(row[2] for row in queue.stats()))
-        self.assertEqual(counted, [0, 0, 3, 4])  # the last turn found no job
-
-    def test_what_an_older_program_has_cancelled_or_claimed_is_not_claimed(self):
-        queue = self.queue()
-        for id in "abc":
-            queue.enqueue("true", id=id)
-        queue._execute("UPDATE jobs SET state = 'cancelled' WHERE id = 'a'")
-        queue._execute("UPDATE jobs SET state = 'processing' WHERE id = 'b'")
-        self.assertEqual(self.claim(queue).id, "c")
-        self.assertEqual([job.hold for job in queue.jobs()], [-2, -1, -1])
-
-    def test_the_oldest_ready_job(self):
-        clock = self.clock()
-        queue = self.queue()
-        self.assertIsNone(queue.oldest_ready())
-        queue.enqueue("true", delay=5)
-        self.assertIsNone(queue.oldest_ready())
-        queue.enqueue("true", priority=9)
-        clock.now += 2
-        queue.enqueue("true")
-        self.assertEqual(queue.oldest_ready(), clock.now - 2)
-
     def test_methods_refuse_what_they_cannot_store(self):
         queue = self.queue()
-        for fields in [dict(command=""), dict(command=None), dict(command=5), dict(priority="x"),
-                       dict(priority=1.5), dict(timeout=-1), dict(delay="soon"), dict(run_at="x"),
-                       dict(delay=1, run_at=1), dict(env={"A": 1}), dict(env="A"),
-                       dict(after=["x"]), dict(id="a b"), dict(unique=""), dict(queue="-q"),
-                       dict(max_retries=-1)]:
+        for fields in [dict(command=None), dict(priority="x"), dict(timeout=-1), dict(after=["x"]),
+                       dict(delay=1, run_at=1), dict(env="A"), dict(id="a b")]:
             with self.subTest(fields=fields), self.assertRaises(QueueError):
                 queue.enqueue(**dict({"command": "true"}, **fields))
         self.assertEqual(list(queue.jobs()), [])
-        self.refuses("no job a", queue.get, "a")
-        self.refuses("no job a", queue.runs, "a")
+        self.refuses("faild", queue.jobs("faild").__next__)
+        for method, argument in ((queue.get, "a"), (queue.runs, "a"), (queue.cancel, "abc"),
+                                 (queue.retry, "abc")):  # one id is one
+            self.refuses("no job " + argument, method, argument)
+        queue.enqueue("true", id="a")
+        claim = self.claim(queue)
+        self.assertFalse(queue.cancel_requested(claim))
+        self.assertEqual([job.state for job in queue.cancel("a")], ["processing"])
+        self.assertTrue(queue.cancel_requested(claim))
+        self.settle(queue, claim, "cancelled")
+        queue.prune(queuectl.ENDED)
+        self.refuses("deleted", queue.output, claim.run)
 
     def test_a_vanished_folder(self):
         """A job without a folder of its own is refused where there is none to run it in."""
@@ -1671,75 +1352,21 @@ class Storage(StorageCase):
         self.refuses("--cwd", queue.enqueue, "true")
         queue.enqueue("true", cwd=self.dir)
 
-    # Several processes at once.
-
-    def crowd(self, code, count=3):
-        """What `count` processes print that run the same code at once on this database."""
-        script = "import sys, time\nfrom queuectl import *\nimport queuectl\n" \
-                 "sys.stdin.readline()\n" + code
-        processes = [subprocess.Popen(
-            [sys.executable, "-c", script, str(number)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env=dict(self.env, PYTHONPATH=HERE))
-            for number in range(count)]
-        for process in processes:  # all have begun to wait, or read at once what is there
-            process.stdin.write(b"go\n")
-            process.stdin.flush()
-        outputs = [process.communicate(timeout=PATIENCE)[0].decode().split()
-                   for process in processes]
-        self.assertEqual([process.returncode for process in processes], [0] * count)
-        return outputs
-
-    def test_every_job_is_claimed_once(self):
-        with Queue(self.db) as queue:
-            ids = list(queue.enqueue_many({"command": "true"} for _ in range(600)))
-        outputs = self.crowd("""
-with Queue(durable=False) as queue:
-    result = None
-    while True:
-        settled, claim = queue.turn(result, "w-" + sys.argv[1])
-        assert result is None or settled is not None
-        if claim is None:
-            break
-        print(claim.id, claim.run)
-        result = queuectl.Result(run=claim.run, seq=claim.seq, outcome="completed", exit_code=0,
-            signal=None, error=None, output=b"", finished_at=time.time(), seconds=0.0)
-""")
-        self.assertEqual(sorted(sum((output[::2] for output in outputs), [])), sorted(ids))
-        self.assertEqual(len(set(sum((output[1::2] for output in outputs), []))), 600)
-        with Queue(self.db) as queue:
-            self.assertEqual(queue.counts()["completed"], 600)
-            self.assertEqual({len(queue.runs(id)) for id in ids[::50]}, {1})
-
-    def test_an_id_and_a_key_are_given_once(self):
-        """Also when several processes create the database in the same moment."""
-        outputs = self.crowd("""
-with Queue() as queue:
-    for number in range(40):
-        try:
-            print("id", queue.enqueue("true", id="i%d" % number))
-        except QueueError as error:
-            assert "taken" in str(error), error
-        print("key", queue.enqueue("true", unique="k%d" % number))
-""", count=4)
-        words = sum(outputs, [])
-        pairs = list(zip(words[::2], words[1::2]))
-        self.assertEqual(sorted(id for kind, id in pairs if kind == "id"),
-                         sorted("i%d" % number for number in range(40)))
-        self.assertEqual(sum(kind == "key" for kind, _ in pairs), 160)
-        self.assertEqual(len({id for kind, id in pairs if kind == "key"}), 40)
-        with Queue(self.db) as queue:
-            self.assertEqual(queue.counts()["pending"], 80)
-
 
 class ModelTest(StorageCase):
     """Thousands of random operations on three connections, against a plain dictionary.
 
     Clocks jump, stale results come in, jobs wait for each other, keys collide; the queue must
-    be what the dictionary is. QUEUECTL_SEED repeats a run, QUEUECTL_OPERATIONS makes it longer."""
+    be what the dictionary is, and what it returns, notes and counts must be what follows from
+    that. QUEUECTL_SEED repeats a run, QUEUECTL_OPERATIONS makes it longer."""
 
     SERVED = {"w-all": None, "w-a": ["a"], "w-bc": ["b", "c"]}
     SEED = os.environ.get("QUEUECTL_SEED")  # (what a Case runs in has no QUEUECTL_ variables)
     OPERATIONS = int(os.environ.get("QUEUECTL_OPERATIONS") or 3000)
+    DEFAULTS = {"backoff_base": 2, "backoff_max": 3600, "max_retries": 3, "job_timeout": 300}
+
+    KEPT = ("state", "attempts", "max_retries", "priority", "queue", "last_error", "locked_by",
+            "run_at", "updated_at", "after", "unique")
 
     def test_random_operations(self):
         import random
@@ -1751,7 +1378,8 @@ class ModelTest(StorageCase):
             self.queues[name] = self.queue(durable=False)
             self.queues[name].serve(served)
         self.jobs, self.claims, self.paused, self.serial = {}, [], set(), 0
-        self.settings = {"backoff_base": 2, "backoff_max": 3600, "max_retries": 3}
+        self.stats = collections.Counter()
+        self.settings = dict(self.DEFAULTS)
         self.trace, self.done = [], set()
         operations = [self.do_enqueue] * 6 + [self.do_claim] * 8 + [self.do_settle] * 8 + [
             self.do_stale, self.do_retry, self.do_retry_all, self.do_cancel, self.do_cancel,
@@ -1770,8 +1398,8 @@ class ModelTest(StorageCase):
                 seed, "\n  ".join(self.trace[-12:])), file=sys.stderr)
             raise
         self.assertLessEqual(
-            set(queuectl.STATES + queuectl.VIEWS) | set(queuectl.OUTCOMES)
-            | {"stale", "key", "circle", "prune", "due"}, self.done, "seed %d: not met" % seed)
+            {*queuectl.STATES, *queuectl.VIEWS, *queuectl.OUTCOMES, "stale", "key", "circle",
+             "prune", "due", "capped", "drawn", "stuck"}, self.done, "seed %d: not met" % seed)
 
     # What the model knows.
 
@@ -1799,6 +1427,11 @@ class ModelTest(StorageCase):
         late = job["run_after"] is not None and job["run_after"] > self.time.now
         job["hold"] = "scheduled" if late else None
 
+    def too_late(self, job):
+        """A retry never waits for longer than backoff_max, whatever the clock was at its end."""
+        return job["hold"] == "failed" \
+            and job["run_after"] > self.time.now + self.settings["backoff_max"]
+
     def active(self, key):
         return [id for id, job in self.jobs.items() if key and job["unique"] == key
                 and job["state"] in ("pending", "processing")]
@@ -1810,25 +1443,61 @@ class ModelTest(StorageCase):
         ids = [id for id, job in self.jobs.items() if not states or job["state"] in states]
         return self.random.choice(ids) if ids else None
 
+    def needs(self, id):
+        """The jobs that it still waits for: those that have ended badly first, then in order."""
+        return sorted(self.jobs[id]["unmet"], key=lambda need: (
+            self.jobs[need]["state"] not in ("dead", "cancelled"), list(self.jobs).index(need)))
+
+    def stuck(self, id):
+        return any(self.jobs[need]["state"] in ("dead", "cancelled") or self.stuck(need)
+                   for need in self.jobs[id]["unmet"])
+
     def compare(self):
-        """Every job, in order, and the counts."""
-        expected = [(id, job["state"], job["attempts"], job["max_retries"], job["priority"],
-                     job["queue"], job["error"], job["worker"], job["run"],
-                     queuectl.iso(job["run_after"]), job["updated"], bool(job["cancel"]),
-                     self.view(job)) for id, job in self.jobs.items()]
-        queue = self.any_queue()
-        self.assertEqual([
-            (job.id, job.state, job.attempts, job.max_retries, job.priority, job.queue,
-             job.last_error, job.locked_by, job.run, job.run_at, job.updated_at, bool(job.cancel),
-             job.view) for job in queue.jobs()], expected)
+        """Every job, in order, and all that can be asked."""
+        queue, ids = self.any_queue(), list(self.jobs)
+        self.assertEqual([(job.id, job.view, job.run, bool(job.cancel)) + tuple(
+            job.as_dict()[key] for key in self.KEPT) for job in queue.jobs()], [
+            (id, self.view(job), job["run"], job["cancel"]) + tuple(map(dict(
+                job, last_error=job["error"], locked_by=job["worker"], updated_at=job["updated"],
+                run_at=queuectl.iso(job["run_after"])).get, self.KEPT))
+            for id, job in self.jobs.items()])
         counts = dict.fromkeys(queuectl.STATES + queuectl.VIEWS, 0)
         for job in self.jobs.values():
             for state in {job["state"], self.view(job)}:
                 counts[state] += 1
                 self.done.add(state)
         self.assertEqual(queue.counts(), counts)
-        for id in self.random.sample(sorted(self.jobs), min(3, len(self.jobs))):
-            self.assertEqual([run.outcome for run in queue.runs(id)], self.jobs[id]["outcomes"])
+        state = self.random.choice(queuectl.STATES + queuectl.VIEWS + (None,))
+        name, limit = self.random.choice(["a", "none", None]), self.random.choice([0, 3, None])
+        with mock.patch.object(queuectl, "RARE", self.random.choice([0, 5000])), \
+                mock.patch.object(queuectl, "PAGE", self.random.choice([2, 1000])):
+            self.assertEqual(self.ids(queue.jobs(state, name, limit)), [
+                id for id, job in self.jobs.items() if state in (None, job["state"], self.view(job))
+                and name in (None, job["queue"])][:limit])
+        waiting = [job["run_after"] for job in self.jobs.values() if job["state"] == "pending"
+                   and job["hold"] and not job["unmet"]]
+        some = any(job["run_after"] <= self.time.now or self.too_late(job)
+                   for job in self.jobs.values() if job["state"] == "pending"
+                   and job["hold"] and not job["unmet"])
+        self.assertEqual(queue.next_due(), self.time.now if some else min(waiting, default=None))
+        ready = [max(queuectl.from_iso(job["updated"]), job["run_after"] or 0)
+                 for job in self.jobs.values() if self.view(job) == "pending"]
+        self.assertEqual(queue.oldest_ready(), ready[0] if ready else None)
+        self.assertEqual(queue.paused(), sorted(self.paused))
+        self.assertEqual(queue.settings(), dict(queue.settings(), **self.settings))
+        self.assertEqual({row[:2]: (row[2], row[3]) for row in queue.stats()},
+                         {key: (runs, runs / 2) for key, runs in self.stats.items()})
+        for id in self.random.sample(ids, min(3, len(ids))):
+            job, runs = queue.get(id), queue.runs(id)
+            self.assertEqual([(run.outcome, run.worker, run.number, queue.output(run.run))
+                              for run in runs], [
+                (outcome, worker, number, (outcome or "").encode())
+                for number, (outcome, worker) in enumerate(self.jobs[id]["runs"], 1)])
+            needs = self.needs(id) if job.state == "pending" else []
+            self.assertEqual(queue.blocker(job), (needs[0], self.jobs[needs[0]]["state"])
+                             if needs else None)
+            self.assertEqual(queue.stuck(job), bool(needs) and self.stuck(id))
+            self.done.update({"stuck"} if needs and self.stuck(id) else ())
 
     # What can happen.
 
@@ -1839,6 +1508,8 @@ class ModelTest(StorageCase):
         fields["id"] = "j%d" % self.serial
         if self.random.random() < 0.05 and self.jobs:
             fields["id"] = self.pick()
+        elif not others and self.random.random() < 0.2:
+            del fields["id"]  # one is drawn
         if self.random.random() < 0.3:
             fields["max_retries"] = self.random.choice([0, 1, 2, 5])
         if self.random.random() < 0.25:
@@ -1859,15 +1530,16 @@ class ModelTest(StorageCase):
         fields = [self.new_job(ids if batch > 1 else []) for _ in range(batch)]
         self.log("enqueue %s", fields)
         queue = self.any_queue()
-        stored, added = [], {}
+        stored, added, notes, told = [], {}, [], []
         refused = None
         for job in fields:
-            id, active = job["id"], self.active(job.get("unique")) or [
+            id, active = job.get("id", "?"), self.active(job.get("unique")) or [
                 other for other, new in added.items() if job.get("unique")
                 and new["unique"] == job["unique"]]
             if active:
                 self.done.add("key")
                 stored.append(active[0])
+                notes.append("%s has the key %s" % (active[0], job["unique"]))
                 continue
             if id in self.jobs or id in added:
                 refused = "taken"
@@ -1880,7 +1552,7 @@ class ModelTest(StorageCase):
                 state="pending", attempts=0, queue=job["queue"], priority=job["priority"],
                 max_retries=job.get("max_retries", self.settings["max_retries"]), hold=None,
                 run_after=run_after, after=job.get("after", []), unique=job.get("unique"),
-                error=None, worker=None, run=None, cancel=False, outcomes=[], unmet=set(),
+                error=None, worker=None, run=None, cancel=False, runs=[], unmet=set(),
                 updated=queuectl.iso(self.time.now))
         known = dict(self.jobs, **added)
         if refused is None:
@@ -1897,9 +1569,20 @@ class ModelTest(StorageCase):
         if refused:
             with self.assertRaises(QueueError) as caught:
                 queue.enqueue_many(fields)
+            self.assertRegex(str(caught.exception), r"\Ajob \d+: |circle")
             self.assertIn(refused, str(caught.exception))
             return
-        self.assertEqual(list(queue.enqueue_many(fields)), stored)
+        ids = []
+        if batch == 1 and not notes:
+            ids.append(queue.enqueue(**fields[0]))
+        else:
+            queue.enqueue_from([("", job) for job in fields], ids.extend, told.append)
+        if stored == ["?"]:
+            self.done.add("drawn")
+            self.assertNotIn(ids[0], self.jobs)
+            stored, added = ids, {ids[0]: added["?"]}
+        self.assertEqual(ids, stored)
+        self.assertEqual([note.partition(" and ")[0] for note in told], notes)
         self.jobs.update(added)
         for job in added.values():
             job["unmet"] = {need for need in job["after"]
@@ -1914,10 +1597,13 @@ class ModelTest(StorageCase):
         queue, served = self.queues[worker], self.SERVED[worker]
         settled, claim = queue.turn(settle, worker)
         for job in self.jobs.values():
-            if job["hold"] and not job["unmet"] and job["state"] == "pending" \
-                    and job["run_after"] <= self.time.now:
-                job["hold"] = None
-                self.done.add("due")
+            if job["state"] == "pending" and job["hold"] and not job["unmet"]:
+                if self.too_late(job):
+                    job["run_after"] = self.time.now + self.settings["backoff_max"]
+                    self.done.add("capped")
+                if job["run_after"] <= self.time.now:
+                    job["hold"] = None
+                    self.done.add("due")
         ready = [(-job["priority"], number, id) for number, (id, job) in
                  enumerate(self.jobs.items()) if self.view(job) == "pending"
                  and (served is None or job["queue"] in served)
@@ -1931,8 +1617,9 @@ class ModelTest(StorageCase):
         job = self.jobs[id]
         self.change(job, "processing")
         job.update(attempts=job["attempts"] + 1, cancel=False, worker=worker, run=claim.run)
-        job["outcomes"].append(None)
-        self.assertEqual((claim.attempts, claim.max_retries), (job["attempts"], job["max_retries"]))
+        job["runs"].append((None, worker))
+        self.assertEqual((claim.attempts, claim.max_retries, claim.timeout),
+                         (job["attempts"], job["max_retries"], self.settings["job_timeout"]))
         self.assertTrue(all(claim.run > other.run for other in self.claims))
         self.claims.append(claim)
 
@@ -1946,10 +1633,11 @@ class ModelTest(StorageCase):
         outcome = self.random.choice(("completed",) * 4 + ("failed",) * 4 + queuectl.OUTCOMES)
         job = self.jobs[claim.id]
         self.log("settle %s: %s", claim.id, outcome)
-        settled = self.settle(self.any_queue(), claim, outcome)
+        settled = self.settle(self.any_queue(), claim, outcome, output=outcome.encode())
         self.done.add(outcome)
+        self.stats[job["queue"], outcome] += 1
         job.update(worker=None, run_after=None, hold=None)
-        job["outcomes"][-1] = outcome
+        job["runs"][-1] = outcome, job["runs"][-1][1]
         if outcome == "interrupted":
             job["attempts"] -= 1
         else:
@@ -2060,13 +1748,15 @@ class ModelTest(StorageCase):
         self.log("the clock jumps by %s to %s", jump, self.time.now)
 
     def do_set(self):
-        key, value = self.random.choice([("backoff_base", 0), ("backoff_base", 2),
-                                         ("backoff_base", 3), ("backoff_max", 5),
-                                         ("backoff_max", 3600), ("max_retries", 2),
-                                         ("max_retries", 3)])
+        key, value = self.random.choice([
+            ("backoff_base", 0), ("backoff_base", 3), ("backoff_max", 5), ("max_retries", 2),
+            ("job_timeout", 7), (self.random.choice(list(self.DEFAULTS)), None)])
         self.log("%s = %s", key, value)
-        self.any_queue().set_setting(key, value)
-        self.settings[key] = value
+        if value is None:
+            self.any_queue().unset_setting(key)
+        else:
+            self.any_queue().set_setting(key, value)
+        self.settings[key] = self.DEFAULTS[key] if value is None else value
 
     def do_prune(self):
         states = self.random.choice([["completed"], ["dead"], list(queuectl.ENDED)])
@@ -2077,7 +1767,10 @@ class ModelTest(StorageCase):
                 and job["updated"] <= before
                 and (job["state"] == "completed" or id not in waited_for)]
         self.log("prune %s older than %s: %s", states, age, gone)
-        self.assertEqual(self.any_queue().prune(states, age), len(gone))
+        batch = self.random.choice([2, 200])
+        find = queuectl.FIND_PRUNABLE.replace(str(queuectl.PRUNE_BATCH), str(batch))
+        with mock.patch.multiple(queuectl, PRUNE_BATCH=batch, FIND_PRUNABLE=find):
+            self.assertEqual(self.any_queue().prune(states, age), len(gone))
         for id in gone:
             del self.jobs[id]
             self.done.add("prune")
@@ -2086,24 +1779,13 @@ class ModelTest(StorageCase):
 class Commands(StorageCase):
     """The command line: what it accepts, what it refuses and how, and what it prints."""
 
-    def setUp(self):
-        super().setUp()
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.dir)
-
     def stored(self):
         with Queue(self.db) as queue:
             return [job.as_dict() for job in queue.jobs()], queue.settings(), queue.paused()
 
-    def jobs_of(self, *words, stdin=b""):
-        """The jobs that an enqueue has stored, whose ids it printed, one a line."""
-        ids = self.ok(*words, stdin=stdin).splitlines()
-        with Queue(self.db) as queue:
-            return [queue.get(id) for id in ids]
-
     def job_of(self, *words):
-        job, = self.jobs_of(*words)
-        return job
+        """The job that an enqueue has stored, whose id it printed."""
+        return self.job(self.ok(*words).strip())
 
     def check_refused(self, table):
         """Each of (words, what the line says[, exit code[, stdin]]) is refused and changes
@@ -2113,7 +1795,16 @@ class Commands(StorageCase):
             with self.subTest(words=[str(word)[:80] for word in words]):
                 code, stdin = rest + [None, b""][len(rest):]
                 self.refused(*words, says=says, code=code, stdin=stdin)
-                self.assertEqual(self.stored(), before)
+        self.assertEqual(self.stored(), before)
+
+    def test_transcripts_fail_where_they_are_wrong(self):
+        right = "$ queuectl show x\n! queuectl: ... x\n[1]\n$ queuectl list | cat\nID ...\n"
+        self.play(right)
+        for part, wrong in (("[1]\n", ""), ("[1]", "[2]"), ("! queuectl: ... x\n", ""),
+                            (" ... x", " x"), ("! ", ""), ("ID ...", "ID"), ("ID ...\n", ""),
+                            ("ID ...\n", "ID ...\n..\n"), ("ID ...\n", "ID ...\n! x\n")):
+            with self.assertRaisesRegex(AssertionError, r"\$ queuectl"):
+                self.play(right.replace(part, wrong))
 
     # Wrong input.
 
@@ -2153,51 +1844,39 @@ class Commands(StorageCase):
                      "run_at", "cwd", "env", "after", "unique"):
             self.assertIn(name, error)
 
-    WRONG = {  # field: values that are refused, as JSON text
-        "id": '"" " " "a b" "a\\nb" "-a" "a\\u0000" "\\u001b[31m" "\\ud800" "%s" 1 1.5 true [] {}'
-              ' ["a"]' % ("x" * 256),
-        "command": '"" " " "\\n" "a\\u0000b" "\\ud800" 1 true [] {} ["ls"] {"a":1}',
-        "queue": '"" "a b" "-q" "a\\tb" 1 true [] {}',
-        "priority": '"" "x" "1.5" 1.5 true [] {} NaN Infinity -Infinity 1e999 2147483648'
-                    ' -2147483649 %s' % ("9" * 400),
-        "max_retries": '-1 "-1" 1.5 "many" true [] {} NaN Infinity 1e999 2147483648',
-        "timeout": '-1 "-5s" "soon" "" "s" "5y" true [] {} NaN Infinity -Infinity 1e300 "nan"'
-                   ' "inf"',
-        "delay": '-1 "-5s" "soon" "" "5y" true [] {} NaN Infinity 1e300 "infs"',
-        "run_at": '-1 "tomorrow" "" "2026-13-01" "+x" "-10m" true [] {} NaN Infinity 1e300'
-                  ' 1700000000000 "nan"',
-        "cwd": '"" "a\\u0000" 1 true [] {}',
-        "env": '"A" "A=1" 1 true ["NOT_SET_HERE"] ["=x"] {"A":1} {"":"x"} {"A=B":"x"}'
-               ' {"A":"\\u0000"} {"A":["x"]} {"A":"\\ud800"} {"A":"%s"}' % ("x" * 131072),
-        "after": '"" "nope" "a\\u0020b" 1 true ["nope"] [1] [[]] {"a":1} ["a",""] ["a\\u0020b"]',
-        "unique": '"" "a\\u0020b" "-a" 1 true [] {}',
+    WRONG = {  # field: values that are refused (class Model has more of each kind)
+        "id": ["", "a b", "-a", "\0", "\ud800", "x" * 256, 1, True, [], {}],
+        "command": ["", " ", "a\0b", "\ud800", 1, True, [], ["ls"], {"a": 1}],
+        "queue": ["", "a b", "-q", 1, True, []],
+        "priority": ["", "x", "1.5", 1.5, True, [], float("nan"), 1e999, 2 ** 31, -2 ** 31 - 1],
+        "max_retries": [-1, "-1", 1.5, "many", True, [], float("inf"), 2 ** 31],
+        "timeout": [-1, "-5s", "soon", "", True, [], float("nan"), 1e300, "inf"],
+        "delay": [-1, "-5s", "5y", "", True, {}, float("-inf"), "nan"],
+        "run_at": [-1, "tomorrow", "", "2026-13-01", "-10m", True, [], 1.7e12, "nan"],
+        "cwd": ["", "a\0", 1, True, []],
+        "env": ["A=1", 1, ["NOT_SET_HERE"], ["=x"], {"A": 1}, {"": "x"}, {"A=B": "x"}, {"A": "\0"}],
+        "after": ["", "nope", "a b", 1, True, ["nope"], [1], [[]], {"a": 1}, ["a", ""]],
+        "unique": ["", "a b", "-a", 1, True, []],
     }
 
     def test_every_field_with_wrong_values(self):
+        """As a field of JSON, and what is a string as an option, too, where it is an error of
+        usage."""
         self.ok("enqueue", "--id", "a", "true")
         for field, values in self.WRONG.items():
-            values = re.findall(r'"[^"]*"(?=[\s\]]|$)|\{[^}]*\}|\[[^ ]*\]|[^\s"\[\]{}]+', values)
-            self.assertGreater(len(values), 5, field)
-            table = []
+            option, table = "--" + field.replace("_", "-"), []
             for value in values:
-                text = '{"command": "true", "%s": %s}' % (field, value)
-                if field == "command":
-                    text = '{"command": %s}' % value
-                json.loads(text)  # the test itself is right
-                table.append((("enqueue", text), "" if "nope" in value else field))
+                text, known = json.dumps({"command": "x", field: value}), "nope" not in str(value)
+                table.append((("enqueue", text), field if known else "no job nope"))
+                if isinstance(value, str) and field not in ("command", "env") and known:
+                    table.append((("enqueue", option + "=" + value, "true"), option, 2))
             self.check_refused(table)
         self.check_refused([(("enqueue", '{"command": "x", "delay": 1, "run_at": 1}'), "run_at")])
 
     def test_wrong_options_are_usage_errors(self):
         self.ok("enqueue", "--id", "a", "true")
-        self.check_refused([(("enqueue",) + words + ("true",), words[0], 2) for words in [
-            ("--id", ""), ("--id", "a b"), ("--id", "a\nb"), ("--queue", ""), ("--queue", "a b"),
-            ("--priority", "x"), ("--priority", "1.5"), ("--priority", "nan"),
-            ("--priority", "99999999999"), ("--max-retries", "-1"), ("--max-retries", "many"),
-            ("--timeout", "soon"), ("--timeout", "-1"), ("--timeout", "inf"), ("--delay", "5y"),
-            ("--delay", "nan"), ("--run-at", "tomorrow"), ("--run-at", "2026-02-30"),
-            ("--cwd", ""), ("--env", "NOT_SET_HERE"), ("--env", "=x"), ("--env", ""),
-            ("--after", "a b"), ("--unique", "a b"), ("--unique", "")]] + [
+        self.check_refused([(("enqueue", "--env", word, "true"), "--env", 2) for word in
+                            ("NOT_SET_HERE", "=x", "")] + [
             (("enqueue", "--id", "a", "true"), "taken", 1),
             (("enqueue", "--after", "nope", "true"), "nope", 1),
             (("enqueue", "--delay", "1", "--run-at", "+1", "true"), "run_at", None),
@@ -2212,7 +1891,7 @@ class Commands(StorageCase):
             (("prune", "--older-than", "x"), "--older-than", 2),
             (("dlq", "purge", "--older-than", "-1"), "--older-than", 2),
             (("wait", "--timeout", "x"), "--timeout", 2),
-            (("logs", "a", "--run", "0"), "--run", 2), (("logs", "a", "--run", "x"), "--run", 2),
+            (("logs", "a", "--run", "x"), "--run", 2),
             (("worker", "start", "--count", "0"), "--count", 2),
             (("worker", "start", "--count", "x"), "--count", 2),
             (("worker", "start", "--queue", "a b"), "--queue", 2),
@@ -2275,29 +1954,11 @@ class Commands(StorageCase):
             data = text if isinstance(text, bytes) else text.encode()
             table.append((("enqueue", "--file", "-"), says, 1, data))
         self.check_refused(table)
-        with open(self.path("jobs"), "w") as file:
+        with open("jobs", "w") as file:
             file.write(good + "\n{")
-        self.check_refused([
-            (("enqueue", "--file", self.path("jobs")), "line 2: ", 1),
-            (("enqueue", "--file", self.path("missing")), "missing", 1),
-            (("enqueue", "--file", self.path("missing", "jobs")), "jobs", 1),
-            (("enqueue", "--file", self.dir), self.dir, 1), (("enqueue", "--file", ""), "", None),
-            (("enqueue", "--file", "a\0b"), "", 1)])
-
-    def test_databases_that_are_none(self):
-        os.mkdir(self.path("folder"))
-        os.mkfifo(self.path("fifo"))
-        with open(self.path("file"), "w") as file:
-            file.write("text\n")
-        for path, says in [("folder", "folder"), ("missing/q.db", "missing/q.db"),
-                           ("fifo", "regular"), ("file", "not a database"), ("file/q.db", "file"),
-                           ("/dev/null", "regular")]:
-            for words in (["list"], ["enqueue", "true"], ["worker", "start", "--drain"]):
-                with self.subTest(path=path, words=words):
-                    self.refused("--db", path, *words, code=1, says=says)
-        self.assertEqual(sorted(os.listdir(self.dir)), ["fifo", "file", "folder"])
-        self.assertEqual(read_file(self.path("file")), b"text\n")
-        self.assertEqual(os.listdir(self.path("folder")), [])
+        self.check_refused([(("enqueue", "--file", path), says) for path, says in (
+            ("jobs", "line 2: "), ("missing", "missing"), ("missing/jobs", "jobs"),
+            (self.dir, self.dir), ("", ""), ("a\0b", ""))])
 
     # Right input.
 
@@ -2331,14 +1992,39 @@ class Commands(StorageCase):
         self.assertEqual(json.loads(subprocess.check_output(["/bin/sh", "-c", command])), words)
 
     def test_enqueue_prints_the_id_and_nothing_else(self):
-        code, out, err = self.main("enqueue", "true")
-        self.assertEqual((code, err), (0, ""))
-        self.assertRegex(out, r"\A[0-9a-z]{6}\n\Z")
-        self.assertEqual(self.main("enqueue", "--id", "a", "true"), (0, "a\n", ""))
-        self.assertEqual(self.main("enqueue", '{"id": "b", "command": "true"}'), (0, "b\n", ""))
-        code, out, err = self.main("enqueue", "--file", "-", stdin=b'{"id": "c", "command": "x"}\n'
-                                   b'\n{"id": "d", "command": "x"}')
-        self.assertEqual((code, out, err), (0, "c\nd\n", ""))
+        """Fields that nobody may set are ignored, and jobs that have ended are skipped."""
+        self.assertRegex(self.ok("enqueue", "true"), r"\A[0-9a-z]{6}\n\Z")
+        self.play("""
+            $ queuectl enqueue --id a true
+            a
+            $ queuectl enqueue '{"id": "b", "command": "true"}'
+            b
+            $ queuectl enqueue --file - <<END
+            > [{"id": "c", "command": "x", "state": "processing", "attempts": 7, "exit_code": 9,
+            >   "created_at": "never", "updated_at": 5, "started_at": "x", "finished_at": "x",
+            >   "locked_by": "me", "locked_at": "x", "last_error": "x", "runs": [1]},
+            >  {"id": "d", "command": "x", "state": "completed"},
+            >  {"id": "e", "command": "x", "state": "dead"},
+            >  {"id": "f", "command": "x", "state": "pending"},
+            >  {"id": "g", "command": "x", "state": "cancelled"}]
+            > END
+            c
+            f
+            ! queuectl: 3 jobs were skipped, which had ended already: d e g
+            $ pick state,attempts,locked_by,exit_code,last_error,started_at queuectl show --json c
+            pending 0 null null null null
+            $ pick created_at queuectl show --json c
+            20...Z
+            $ queuectl enqueue '{"id": "h", "command": "x", "state": "completed"}'
+            ! queuectl: 1 job was skipped, which had ended already: h
+            """)
+
+    def test_options_stand_anywhere(self):
+        for line in ("true --priority -4", "--priority=-4 true", "--priority -4 true"):
+            self.assertEqual(self.job_of("enqueue", *line.split()).priority, -4)
+        for line in ("enqueue true --id a", "enqueue true --id b", "cancel -- a b",
+                     "cancel a --db q.db b", "pause -- q"):
+            self.ok(*line.split())
 
     FIELDS = [  # option words, JSON field, its value in JSON, attribute of the job
         (["--id", "x1"], "id", "x1", "x1"), (["--queue", "q"], "queue", "q", "q"),
@@ -2364,83 +2050,62 @@ class Commands(StorageCase):
         os.environ["COPIED"] = "from here"
         for number, (words, field, value, expected) in enumerate(self.FIELDS):
             attribute = "run_at" if field == "delay" else field
-            for form in (["enqueue", "true"] + words,
-                         ["enqueue"] + words + ['{"command": "true"}'],
-                         ["enqueue"] + words + ["--", "true"],
-                         ["enqueue", json.dumps({"command": "true", field: value})]):
-                with self.subTest(form=form):
-                    self.db = self.path("f%d.db" % number)
-                    os.environ["QUEUECTL_DB"] = self.db
-                    self.ok("enqueue", "--file", "-", stdin=b'{"command":"a","id":"a"}\n'
-                            b'{"command":"b","id":"b"}')
-                    self.assertEqual(self.job_of(*form).as_dict()[attribute], expected)
-                    for end in ("", "-wal", "-shm"):
-                        with contextlib.suppress(FileNotFoundError):
-                            os.unlink(self.db + end)
+            for form, line in enumerate((
+                    ["enqueue", "true"] + words, ["enqueue"] + words + ['{"command": "true"}'],
+                    ["enqueue"] + words + ["--", "true"],
+                    ["enqueue", json.dumps({"command": "true", field: value})])):
+                with self.subTest(line=line):
+                    self.db = os.environ["QUEUECTL_DB"] = self.path("%d-%d.db" % (number, form))
+                    for id in "ab":
+                        self.ok("enqueue", "--id", id, "true")
+                    self.assertEqual(self.job_of(*line).as_dict()[attribute], expected)
 
     def test_options_are_defaults_for_json(self):
         """The job's own field wins; env merges; null is the same as absent."""
         self.clock()
-        options = ["--queue", "q", "--priority", "5", "--timeout", "60", "--max-retries", "9",
-                   "--env", "A=option", "--env", "B=option", "--delay", "60", "--cwd", "/"]
-        lines = [{"command": "x"}, {"command": "x", "queue": "own", "priority": 0, "timeout": "2m",
-                                    "max_retries": 1, "env": {"B": "own", "C": "own"},
-                                    "delay": 0, "cwd": "/usr"},
-                 {"command": "x", "queue": None, "env": None, "delay": None, "id": None,
-                  "after": None, "unique": None, "run_at": None, "priority": None},
-                 {"command": "x", "run_at": "2030-01-01T00:00Z"},
-                 {"command": "x", "env": ["B=own"]}]
-        jobs = self.jobs_of("enqueue", "--file", "-", *options,
-                            stdin="\n".join(map(json.dumps, lines)).encode())
-        both, late = {"A": "option", "B": "option"}, "2027-01-15T08:01:00.000Z"
-        self.assertEqual([(job.queue, job.priority, job.timeout, job.max_retries, job.env,
-                           job.run_at, job.cwd) for job in jobs], [
-            ("q", 5, 60, 9, both, late, "/"),
-            ("own", 0, 120, 1, {"A": "option", "B": "own", "C": "own"},
-             "2027-01-15T08:00:00.000Z", "/usr"),
-            ("q", 5, 60, 9, both, late, "/"),
-            ("q", 5, 60, 9, both, "2030-01-01T00:00:00.000Z", "/"),
-            ("q", 5, 60, 9, dict(both, B="own"), late, "/")])
-        job = self.job_of("enqueue", "--id", "option", '{"command": "x", "id": "own"}')
-        self.assertEqual(job.id, "own")
+        self.play(r"""
+            $ queuectl enqueue --queue q --priority 5 --timeout 60 \
+            >     --max-retries 9 --env A=option --env B=option --delay 60 --cwd / --file - <<END
+            > [{"id": "1", "command": "x"},
+            >  {"id": "2", "command": "x", "queue": "own", "priority": 0, "timeout": "2m",
+            >   "max_retries": 1, "env": {"B": "own", "C": "own"}, "delay": 0, "cwd": "/usr"},
+            >  {"id": "3", "command": "x", "queue": null, "env": null, "delay": null,
+            >   "after": null, "unique": null, "run_at": null, "priority": null},
+            >  {"id": "4", "command": "x", "run_at": "2030-01-01T00:00Z"},
+            >  {"id": "5", "command": "x", "env": ["B=own"]}]
+            > END
+            1
+            2
+            3
+            4
+            5
+            $ pick queue,priority,timeout,max_retries,env,run_at,cwd queuectl list --json
+            q 5 60.0 9 {"A": "option", "B": "option"} 2027-01-15T08:01:00.000Z /
+            own 0 120.0 1 {"A": "option", "B": "own", "C": "own"} 2027-01-15T08:00:00.000Z /usr
+            q 5 60.0 9 {"A": "option", "B": "option"} 2027-01-15T08:01:00.000Z /
+            q 5 60.0 9 {"A": "option", "B": "option"} 2030-01-01T00:00:00.000Z /
+            q 5 60.0 9 {"A": "option", "B": "own"} 2027-01-15T08:01:00.000Z /
+            $ queuectl enqueue --id option '{"command": "x", "id": "own"}'
+            own
+            $ queuectl enqueue '{"command": "x", "id": null}'
+            ......
+            """)
 
-    def test_fields_that_nobody_may_set_are_ignored(self):
-        fields = {"command": "x", "state": "processing", "attempts": 7, "created_at": "never",
-                  "updated_at": 5, "started_at": "x", "finished_at": "x", "locked_by": "me",
-                  "locked_at": "x", "exit_code": 9, "last_error": "x", "runs": [1]}
-        job = self.job_of("enqueue", json.dumps(fields)).as_dict()
-        self.assertEqual((job["state"], job["attempts"], job["locked_by"], job["exit_code"],
-                          job["last_error"], job["started_at"]),
-                         ("pending", 0, None, None, None, None))
-        self.assertRegex(job["created_at"], r"\A20")
-
-    def test_jobs_that_have_ended_are_skipped_with_a_note(self):
-        lines = [{"id": "a", "command": "x", "state": "completed"},
-                 {"id": "b", "command": "x", "state": "dead"}, {"id": "c", "command": "x"},
-                 {"id": "d", "command": "x", "state": "cancelled"},
-                 {"id": "e", "command": "x", "state": "pending"}]
-        code, out, err = self.main("enqueue", "--file", "-",
-                                   stdin="\n".join(map(json.dumps, lines)).encode())
-        self.assertEqual((code, out), (0, "c\ne\n"))
-        self.assertRegex(err, r"\Aqueuectl: 3 jobs .*a b d\n\Z")
-        code, out, err = self.main("enqueue", json.dumps(lines[0]))
-        self.assertEqual((code, out), (0, ""))
-        self.assertIn("a", err)
 
     def test_forms_of_a_file(self):
         """JSON Lines or an array, in any layout, from a file or from stdin."""
         a, b = '{"id": "a", "command": "x"}', '{"id": "b", "command": "y", "env": {"A": "["}}'
+        both = [json.loads(a), json.loads(b)]
         for text in (a + "\n" + b, a + "\n\n  " + b + "\n\n", "\n\n" + a + "\r\n" + b + "\r\n",
                      "[%s,%s]" % (a, b), "[\n%s,\n%s\n]\n" % (a, b), "[%s\n,%s\n\n]  \n\n" % (a, b),
                      "\n [ %s , %s ] " % (a, b), "\ufeff" + a + "\n" + b, "\ufeff[%s,%s]" % (a, b),
-                     json.dumps([json.loads(a), json.loads(b)], indent=4),
-                     json.dumps([json.loads(a), json.loads(b)], indent=1).replace("\n", "\n\n")):
+                     json.dumps(both, indent=4), json.dumps(both, indent=1).replace("\n", "\n\n")):
             with self.subTest(text=text):
-                for form in ("-", self.path("jobs")):
-                    with open(self.path("jobs"), "wb") as file:
+                for form in ("-", "jobs"):
+                    with open("jobs", "wb") as file:
                         file.write(text.encode())
-                    jobs = self.jobs_of("enqueue", "--file", form, stdin=text.encode())
-                    self.assertEqual([(job.id, job.command, job.env) for job in jobs],
+                    ids = self.ok("enqueue", "--file", form, stdin=text.encode()).split()
+                    self.assertEqual([(job.id, job.command, job.env) for job in map(self.job, ids)],
                                      [("a", "x", {}), ("b", "y", {"A": "["})])
                     self.ok("cancel", "a", "b")
                     self.ok("prune")
@@ -2449,96 +2114,98 @@ class Commands(StorageCase):
 
     def test_what_list_prints_enqueue_reads(self):
         """`list --json` of one queue feeds another: the jobs that have not ended, as new."""
+        everything = {
+            "id": "all", "command": "x 'y'\n\u00fc", "queue": "q", "priority": 3, "max_retries": 8,
+            "timeout": 1.5, "run_at": 1900000000.125, "cwd": "/usr", "env": {"A": "\u00fc"},
+            "after": ["bad"], "unique": "k"}
         with self.queue() as queue:
-            for id, fields in [
-                    ("done", {}), ("bad", {}), ("run", {}), ("all", dict(
-                        command="x 'y'\n\u00fc", queue="q", priority=3, max_retries=8, timeout=1.5,
-                        run_at=1900000000.125, cwd="/usr", env={"A": "\u00fc"}, after=["bad"],
-                        unique="k")), ("plain", {}), ("gone", {}), ("next", dict(after=["done"]))]:
-                queue.enqueue(**dict(dict(command="true", id=id), **fields))
-                if id in ("done", "bad"):
-                    self.settle(queue, self.claim(queue), "completed" if id == "done" else "failed")
-                elif id == "run":
-                    self.claim(queue)
+            for id, command in (("done", "true"), ("bad", "false"), ("run", "true"), ("gone", "x")):
+                queue.enqueue(command, id=id)
+            self.run_next(queue)
+            self.run_next(queue, "failed")
+            self.claim(queue)
+            list(queue.enqueue_many([
+                everything, {"id": "next", "command": "true", "after": ["done"]}]))
             queue.cancel(["gone"])
-            jobs = {job.id: job.as_dict() for job in queue.jobs()}
-        other = self.path("other.db")
-        printed = self.ok("list", "--json").encode()
-        out = self.ok("--db", other, "enqueue", "--file", "-", stdin=printed)
-        self.assertEqual(out.split(), ["bad", "run", "all", "plain", "next"])
-        with Queue(other) as queue:
-            for job in queue.jobs():
-                for key in ("command", "queue", "priority", "max_retries", "timeout", "run_at",
-                            "cwd", "env", "unique"):
-                    self.assertEqual(job.as_dict()[key], jobs[job.id][key], key)
-                self.assertEqual((job.state, job.attempts), ("pending", 0))
-            self.assertEqual(queue.get("all").view, "blocked")
-            self.assertEqual(queue.get("next").view, "pending")  # what it waited for is done
-        self.refused("--db", other, "enqueue", "--file", "-", stdin=printed, says="taken")
+        self.play("""
+            $ queuectl list --json | queuectl --db other.db enqueue --file -
+            bad
+            run
+            all
+            next
+            ! queuectl: 2 jobs were skipped, which had ended already: done gone
+            $ queuectl list --json | queuectl --db other.db enqueue --file -
+            ! queuectl: line ...: the id bad is taken...
+            [1]
+            """)
+        with Queue(self.path("other.db")) as queue:
+            self.assertEqual([(job.view, job.attempts) for job in queue.jobs()], [
+                ("scheduled", 0), ("pending", 0), ("blocked", 0), ("pending", 0)])
+            job = queue.get("all").as_dict()
+        for key, value in dict(everything, run_at="2030-03-17T17:46:40.125Z").items():
+            self.assertEqual(job[key], value, key)
 
     def test_the_database_is_named_on_either_side(self):
-        a, b = self.path("a.db"), self.path("b.db")
-        for words in (["--db", a, "enqueue", "--id", "1", "true"],
-                      ["enqueue", "--db", a, "--id", "2", "true"],
-                      ["enqueue", "--id", "3", "true", "--db", a], ["--db=" + a, "enqueue", "true"],
-                      ["enqueue", "--db", a, "--", "true"], ["pause", "--db", a, "q"],
-                      ["config", "set", "--db", a, "max_retries", "5"],
-                      ["--db", a, "config", "set", "max_retries", "5"]):
-            self.ok(*words)
-        self.ok("enqueue", "--", "x", "--db", b)
-        self.assertFalse(os.path.exists(b))
-        with Queue(a) as queue, self.queue() as mine:
-            self.assertEqual(len(list(queue.jobs())), 5)
-            self.assertEqual(queue.settings()["max_retries"], 5)
-            self.assertEqual(len(list(mine.jobs())), 1)
-        self.assertEqual(self.ok("--db", b, "list", "--json", "--db", a).count('"command"'), 5)
-
-    def test_options_stand_anywhere(self):
-        self.assertEqual(self.job_of("enqueue", "true", "--priority", "4").priority, 4)
-        self.assertEqual(self.job_of("enqueue", "--priority=-4", "true").priority, -4)
-        self.assertEqual(self.job_of("enqueue", "--priority", "-4", "true").priority, -4)
-        self.ok("cancel", "--", *[job["id"] for job in self.stored()[0][:1]])
-        self.ok("pause", "--", "q")
+        """Of the command, but not behind --, and the last one counts."""
+        for words in ("--db a.db enqueue true", "enqueue --db a.db true", "enqueue true --db a.db",
+                      "--db=a.db enqueue true", "enqueue --db a.db -- true", "pause --db a.db q",
+                      "config set --db a.db max_retries 5", "enqueue -- x --db b.db"):
+            self.ok(*words.split())
+        self.play("""
+            $ pick command queuectl list --json
+            x --db b.db
+            $ queuectl --db a.db config get max_retries
+            5
+            $ pick command queuectl --db b.db list --json --db a.db
+            true
+            true
+            true
+            true
+            true
+            """)
+        self.assertFalse(os.path.exists("b.db"))
 
     def test_settings(self):
-        self.assertEqual(self.ok("config", "get", "max-retries"), "3\n")
-        self.assertEqual(self.ok("config", "get", "backoff_max"), "1h\n")
         for key, value, shown in [
+                ("max-retries", None, "3"), ("backoff_max", None, "1h"),
                 ("max-retries", "5", "5"), ("max_retries", "6", "6"),
                 ("backoff-base", "1.5", "1.5"), ("backoff_max", "90m", "90m"),
                 ("job-timeout", "0", "0s"), ("kill_grace", "500", "500s"),
                 ("output-limit", "1M", "1M"), ("output_limit", "100", "100"),
-                ("keep-completed", "14d", "14d"), ("keep_completed", "1.5", "1.5s")]:
-            self.assertEqual(self.main("config", "set", key, value), (0, "", ""))
+                ("keep-completed", "14d", "14d"), ("keep_completed", "1.5", "1.5s"),
+                ("keep_completed", "1.5s", "1.5s"), ("kill_grace", "500s", "500s")]:
+            if value is not None:
+                self.assertEqual(self.main("config", "set", key, value), (0, "", ""))
             for name in (key.replace("-", "_"), key.replace("_", "-")):
                 self.assertEqual(self.ok("config", "get", name), shown + "\n")
-            again = self.ok("config", "get", key).strip()
-            self.ok("config", "set", key, again)  # what is shown is read back
-            self.assertEqual(self.ok("config", "get", key).strip(), again)
         listed = self.ok("config", "list")
         for name in queuectl.SETTINGS:
             self.assertIn("\n%s " % name, listed)
-        self.assertRegex(listed, r"\nmax_retries +6 ")
-        for name in queuectl.SETTINGS:
             self.ok("config", "unset", name.replace("_", "-"))
+        self.assertRegex(listed, r"\ASETTING +VALUE +MEANING\n(.*\n)*max_retries +6 ")
         self.ok("config", "unset", "max_retries")
-        self.assertEqual(self.ok("config", "get", "max_retries"), "3\n")
-        self.assertEqual(self.ok("config", "get", "keep_completed"), "7d\n")
+        for key, shown in (("max_retries", "3\n"), ("keep_completed", "7d\n")):
+            self.assertEqual(self.ok("config", "get", key), shown)
 
     # What is printed.
 
     def a_bit_of_everything(self):
-        with self.queue() as queue:
-            queue.set_setting("backoff_base", 2)
-            for id, outcome, fields in [
-                    ("done", "completed", {}), ("dead", "failed", dict(max_retries=1)),
-                    ("bad", "failed", {}), ("run", None, dict(queue="q"))]:
-                queue.enqueue("true", id=id, **fields)
-                claim = self.claim(queue)
-                if outcome:
-                    self.settle(queue, claim, outcome, output=b"out\n")
-            queue.enqueue("true", id="later", delay=99, env={"PASSWORD": "hunter2"})
-            queue.enqueue("true", id="blocked", after=["dead"])
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "done", "command": "echo out"}
+            > {"id": "dead", "command": "echo it broke; exit 3", "max_retries": 1}
+            > {"id": "bad", "command": "false"}
+            > {"id": "run", "command": "true", "queue": "q"}
+            > {"id": "later", "command": "true", "delay": 99, "env": {"PASSWORD": "hunter2"}}
+            > {"id": "blocked", "command": "true", "after": ["dead"]}
+            > END
+            ...
+            $ work 3
+            done completed
+            dead dead
+            bad failed
+            """)
+        self.claim(self.queue())
 
     def test_json_of_jobs(self):
         self.a_bit_of_everything()
@@ -2560,56 +2227,65 @@ class Commands(StorageCase):
                     self.assertRegex(job[key], r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
         self.assertEqual(jobs[4]["env"], {"PASSWORD": "hunter2"})
         self.assertEqual(json.loads(self.ok("dlq", "list", "--json")), [jobs[1]])
-        self.assertEqual(json.loads(self.ok("list", "--state", "cancelled", "--json")), [])
-        for words, ids in [(["--state", "pending"], ["bad", "later", "blocked"]),
-                           (["--state", "failed"], ["bad"]), (["--queue", "q"], ["run"]),
-                           (["--limit", "2"], ["done", "dead"]), (["--limit", "0"], []),
-                           (["--state", "pending", "--queue", "default", "--limit", "1"], ["bad"])]:
-            self.assertEqual([job["id"] for job in json.loads(self.ok("list", "--json", *words))],
-                             ids)
-
-    def test_json_of_status_and_workers(self):
-        self.a_bit_of_everything()
-        status = json.loads(self.ok("status", "--json"))
-        self.assertEqual(status["database"], self.db)
-        self.assertEqual(status["jobs"], {
-            "pending": 3, "processing": 1, "completed": 1, "dead": 1, "cancelled": 0, "failed": 1,
-            "scheduled": 1, "blocked": 1})
-        self.assertEqual(status["workers"], [])
-        self.assertEqual(json.loads(self.ok("worker", "list", "--json")), [])
-
-    def test_status_for_people(self):
-        code, out, err = self.main("status")
-        self.assertIn(self.db, out)
-        self.assertEqual((code, err), (0, ""))
-        self.ok("enqueue", "true")
-        code, out, err = self.main("status")
-        self.assertIn("1 pending", out)
-        self.assertRegex(err, r"\Aqueuectl: .*no worker runs.*worker start\n\Z")
-        self.ok("pause")
-        self.assertIn("paused", "".join(self.main("status")[1:]))
+        for words, ids in [("--state cancelled", ""), ("--state pending", "bad later blocked"),
+                           ("--state failed", "bad"), ("--queue q", "run"), ("--limit 0", ""),
+                           ("--limit 2", "done dead"), ("--queue none", ""),
+                           ("--state pending --queue default --limit 1", "bad")]:
+            found = json.loads(self.ok("list", "--json", *words.split()))
+            self.assertEqual(" ".join(job["id"] for job in found), ids, words)
 
     def test_tables(self):
+        self.clock()
         self.a_bit_of_everything()
-        lines = self.ok("list").splitlines()
-        self.assertEqual([line.split()[:3] for line in lines], [
-            ["ID", "STATE", "TRIES"], ["done", "completed", "1/3"], ["dead", "dead", "1/1"],
-            ["bad", "failed", "1/3"], ["run", "processing", "1/3"], ["later", "scheduled", "0/3"],
-            ["blocked", "blocked", "0/3"]])
-        self.assertIn("by dead (dead)", lines[-1])
-        self.assertIn("failed", self.ok("dlq", "list").splitlines()[1])
-        shown = self.ok("show", "dead")
-        for text in ("dead", "1 of 1", "true", "failed", "w-1", self.dir):
-            self.assertIn(text, shown)
-        self.assertEqual(self.ok("logs", "done"), "out\n")
+        self.play("""
+            $ queuectl list
+            ID       STATE       TRIES  QUEUE    WHEN            COMMAND
+            done     completed   1/3    default  0ms ago         echo out
+            dead     dead        1/1    default  0ms ago         echo it broke; exit 3
+            bad      failed      1/3    default  in 2.0s         false
+            run      processing  1/3    q        for 0ms         true
+            later    scheduled   0/3    default  in 1m39s        true
+            blocked  blocked     0/3    default  by dead (dead)  true
+            $ queuectl dlq list
+            ID    TRIES  QUEUE    WHEN     ERROR                  COMMAND
+            dead  1/1    default  0ms ago  exit code 3: it broke  echo it broke; exit 3
+            $ queuectl show dead
+            job       dead
+            command   echo it broke; exit 3
+            state     dead
+            attempts  1 of 1
+            queue     default
+            folder    ...
+            enqueued  20... (0ms ago)
+            error     exit code 3: it broke
+            RUN  OUTCOME  STARTED  TOOK  WORKER  ERROR
+            1    failed   0ms ago  0ms   w-1     exit code 3: it broke
+            $ queuectl show later
+            ...
+            state     scheduled
+            ...
+            env       PASSWORD
+            ...
+            runs at   20... (in 1m39s)
+            # Secrets are not shown to people.
+            $ queuectl show later | grep hunter
+            [1]
+            $ pick env queuectl show later --json
+            {"PASSWORD": "hunter2"}
+            $ queuectl show blocked
+            ...
+            state     blocked by dead (dead)
+            ...
+            after     dead
+            ...
+            $ queuectl logs done
+            out
+            # No colour, and no secret, in a pipe.
+            $ (queuectl list; queuectl status; queuectl dlq list; queuectl metrics) >all 2>&1
+            $ grep -e hunter -e '\x1b' all
+            [1]
+            """.replace(r"\x1b", "\x1b"))
 
-    def test_secrets_are_not_shown_to_people(self):
-        """The names of a job's environment, not the values."""
-        self.ok("enqueue", "--id", "a", "--env", "PASSWORD=hunter2", "true")
-        for words in (["show", "a"], ["list"], ["status"], ["dlq", "list"], ["metrics"]):
-            self.assertNotIn("hunter2", "".join(map(str, self.main(*words))))
-        self.assertIn("PASSWORD", self.ok("show", "a"))
-        self.assertIn("hunter2", self.ok("show", "--json", "a"))
 
     def test_text_of_jobs_is_safe_for_a_terminal(self):
         """No escape sequence, no control character, one line a job; logs are raw."""
@@ -2633,89 +2309,22 @@ class Commands(StorageCase):
                       ["enqueue", "--file", evil]):
             self.assertNotRegex(self.refused(*words), "[\x1b\x07\x9b\x08\r\u202e]", words)
 
-    def test_there_is_no_colour_in_a_pipe(self):
-        self.a_bit_of_everything()
-        for words in (["list"], ["status"], ["show", "dead"], ["dlq", "list"]):
-            self.assertNotIn("\x1b", self.ok(*words))
-
-    def test_odd_text_survives_an_ascii_terminal(self):
-        """Whatever the encoding of stdout, nothing ends in a traceback."""
-        self.ok("enqueue", "--id", "\u00fc", "echo \u20ac \U0001f600")
-        for words in (["list"], ["show", "\u00fc"], ["list", "--json"], ["status"],
-                      ["show", "\u20ac"]):
-            code, out, err = self.cli(*words, env={
-                "PYTHONIOENCODING": "ascii", "LC_ALL": "C.UTF-8"})
-            self.assertEqual(code, words == ["show", "\u20ac"], err)
-            self.assertNotIn("Traceback", err)
-
-    def test_metrics(self):
-        self.a_bit_of_everything()
-        lines = self.ok("metrics").splitlines()
-        for line in lines:
-            self.assertRegex(line, r'\A(# (HELP|TYPE) queuectl_\w+ .+'
-                                   r'|queuectl_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [-+.e\d]+)\Z')
-        self.assertIn('queuectl_jobs{queue="default",state="dead"} 1', lines)
-        self.assertIn('queuectl_jobs{queue="q",state="processing"} 1', lines)
-        self.assertIn('queuectl_runs_total{queue="default",outcome="failed"} 2', lines)
-        types = [line.split()[2] for line in lines if line.startswith("# TYPE")]
-        self.assertEqual(len(types), len(set(types)))
-
-    def test_completion(self):
-        """bash is asked itself; the words for the others are at least there."""
-        self.ok("enqueue", "true")
-        scripts = {shell: self.ok("completion", shell) for shell in ("bash", "zsh", "fish")}
-        for script in scripts.values():
-            for word in ("enqueue", "--max-retries", "retry", "scheduled", "backoff_base",
-                         "--json"):
-                self.assertIn(word, script)
-        bash = shutil.which("bash")
-        if bash is None:
-            self.skipTest("no bash")
-        with open(self.path("script"), "w") as file:
-            file.write(scripts["bash"])
-        for words, expected in [
-            ("wor", ["worker"]), ("worker st", ["start", "stop"]),
-            ("config set max", ["max_retries"]),
-            ("list --state sch", ["scheduled"]), ("enqueue --max", ["--max-retries"]),
-            ("dlq re", ["retry"]), ("--db x dlq pu", ["purge"]), ("completion f", ["fish"]),
-        ]:
-            typed = ["queuectl.py"] + words.split()
-            out = subprocess.check_output([
-                bash, "-c", 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _queuectl; '
-                'echo "${COMPREPLY[@]}"', self.path("script")] + typed).decode().split()
-            self.assertEqual(sorted(out), expected, words)
 
     # How it ends.
 
-    def test_exit_codes(self):
-        self.ok("enqueue", "--id", "a", "true")
-        self.ok("enqueue", "--id", "b", "true")
-        self.ok("enqueue", "--id", "c", "--after", "b", "true")
-        self.assertEqual(self.main("wait", "a", "--timeout", "0")[0], 124)
-        self.refused("wait", "--timeout", "0.001", code=124)
-        with self.queue() as queue:
-            self.end(queue, "a", "completed")
-        self.assertEqual(self.main("wait", "a"), (0, "", ""))
-        self.ok("cancel", "b")
-        for ids in (["b"], ["a", "b"], ["c"], []):  # c can never run
-            self.assertEqual(self.main("wait", *ids)[0], 1, ids)
-        self.ok("dlq", "retry", "b")
-        self.assertEqual(self.main("wait", "c", "--timeout", "0")[0], 124)
-        self.ok("cancel", "b", "c")
-        self.assertEqual(self.main("wait"), (0, "", ""))
+    def test_interrupted(self):
         with mock.patch.object(Queue, "get", side_effect=KeyboardInterrupt):
             self.assertEqual(self.main("show", "a"), (130, "", ""))
-        for words in (["--help"], ["enqueue", "--help"], ["worker", "--help"], ["--version"]):
-            code, out, err = self.main(*words)
-            self.assertEqual((code, err), (0, ""))
-            self.assertTrue(out)
 
     def test_it_is_the_same_as_a_process(self):
-        for words, expected in [(["--version"], 0), (["enqueue", "true"], 0), (["enqueue", ""], 1),
-                                (["nope"], 2), (["wait", "--timeout", "0"], 124)]:
-            code, out, err = self.cli(*words)
-            self.assertEqual(code, expected, err)
-            self.assertEqual(bool(out), expected == 0)
+        """Also where stdout is no UTF-8: no text ends in a traceback."""
+        for line, expected in [
+                ("--version", 0), ("enqueue --id \u00fc \u20ac", 0), ("enqueue --", 2), ("x", 2),
+                ("list", 0), ("show \u00fc", 0), ("list --json", 0), ("status", 0),
+                ("show \u20ac", 1), ("wait --timeout 0", 124)]:
+            code, out, err = self.cli(*line.split(), env={
+                "PYTHONIOENCODING": "ascii", "LC_ALL": "C.UTF-8"})
+            self.assertEqual((code, bool(out)), (expected, expected == 0), err)
             self.assertRegex(err, r"\A(queuectl: [^\n]+\n)?\Z")
 
     def test_ctrl_c_stores_nothing(self):
@@ -2745,52 +2354,33 @@ class Commands(StorageCase):
             process.stdout.close()
             self.assertEqual((process.wait(PATIENCE), read_file(process.log)), (0, b""), words)
             process.stdout = None
-        done = subprocess.run("%s %s list | head -1" % (shlex.quote(sys.executable),
-                                                       shlex.quote(SCRIPT)),
-                              shell=True, env=self.env, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE)
-        self.assertRegex(done.stdout, rb"\AID ")
-        self.assertEqual(done.stderr, b"")
+        self.play("""
+            $ queuectl list | head -1
+            ID ...
+            # Where there is no stdout at all, it does not matter.
+            $ queuectl list >&- 2>err; grep -c Traceback err
+            0
+            [1]
+            """)
 
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
     def test_output_that_cannot_be_written(self):
-        """A full disk behind stdout: one line and exit 1. No stdout at all: no matter."""
-        self.ok("enqueue", "true")
-        if os.path.exists("/dev/full"):
-            for words in (["list"], ["enqueue", "true"], ["list", "--json"]):
-                with open("/dev/full", "wb") as full:
-                    process = self.start(*words, stdout=full)
-                    self.assertEqual(process.wait(PATIENCE), 1, read_file(process.log))
-                self.assertRegex(read_file(process.log), rb"\Aqueuectl: [^\n]+\n\Z", words)
-                if words[0] == "enqueue":
-                    self.assertIn(b"stored, but the ids cannot be printed", read_file(process.log))
-            for words, code in ((["show", "nobody"], 1), (["nonsense"], 2)):
-                with open("/dev/full", "wb") as full:
-                    self.assertEqual(self.start(*words, stderr=full).wait(PATIENCE), code)
-        done = subprocess.run("exec %s %s list >&-" % (shlex.quote(sys.executable),
-                                                      shlex.quote(SCRIPT)),
-                              shell=True, env=self.env, stderr=subprocess.PIPE)
-        self.assertNotIn(b"Traceback", done.stderr)
-
-    def test_bulk_commands(self):
-        with self.queue() as queue:
-            list(queue.enqueue_many({"command": "true", "id": "j%d" % number, "max_retries": 1}
-                                    for number in range(5)))
-            for number, outcome in enumerate(["failed", "failed", "completed"]):
-                self.settle(queue, self.claim(queue), outcome)
-        code, out, err = self.main("dlq", "retry", "--all")
-        self.assertEqual((code, out), (0, ""))
-        self.assertIn("2", err)
-        self.assertEqual(self.main("dlq", "retry", "--all")[0], 0)
-        self.ok("cancel", "j3", "j4")
-        self.ok("dlq", "retry", "j3")
-        for words, count in [(["dlq", "purge", "--older-than", "1h"], 0),
-                             (["prune", "--older-than", "1d"], 0),
-                             (["prune", "--state", "cancelled"], 1), (["prune"], 1),
-                             (["dlq", "purge"], 0)]:
-            code, out, err = self.main(*words)
-            self.assertEqual((code, out), (0, ""))
-            self.assertRegex(err, r"\Aqueuectl: .*\b%d\b.*\n\Z" % count)
-        self.assertEqual([job["id"] for job in self.stored()[0]], ["j0", "j1", "j3"])
+        """A full disk behind stdout: one line and exit 1."""
+        self.play("""
+            $ queuectl enqueue true >/dev/full
+            ! queuectl: stored, but the ids cannot be printed: ...
+            [1]
+            $ queuectl list >/dev/full
+            ! queuectl: ...
+            [1]
+            $ queuectl list --json >/dev/full
+            ! queuectl: ...
+            [1]
+            $ queuectl show nobody 2>/dev/full
+            [1]
+            $ queuectl nonsense 2>/dev/full
+            [2]
+            """)
 
 
 class Documents(Case):
@@ -2928,10 +2518,6 @@ class Process(Case):
         """Go on with another database."""
         self.db = self.env["QUEUECTL_DB"] = os.environ["QUEUECTL_DB"] = self.path(*names)
 
-    def add(self, id, command, **fields):
-        with Queue(self.db) as queue:
-            return queue.enqueue(command, id=id, **fields)
-
     def sql(self, *statements):
         """Execute statements on a connection of another program; the rows of the last one."""
         with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as db:
@@ -2958,6 +2544,12 @@ class Process(Case):
     def ended(self, process, code=0):
         """The supervisor must end by itself, with this code."""
         self.assertEqual(process.wait(PATIENCE), code, self.log(process))
+
+    def race(self, function, count):
+        """Run a function in so many forks at once; all must succeed."""
+        pids = [self.fork(function, number) for number in range(count)]
+        codes = [os.waitpid(pid, 0)[1] for pid in pids]
+        self.assertEqual(codes, [0] * count)
 
     def peer(self, code, *words, **options):
         """Another Python, which can import queuectl; hear() and tell() talk to it by lines."""
@@ -3036,8 +2628,6 @@ class Process(Case):
 class Platform(Process):
     """Locks that tell who lives, bells, and the ends of process trees."""
 
-    HOLDER = "import queuectl, sys; queuectl.hold(sys.argv[1]); print(1, flush=True); input()"
-
     def test_which_lines_need_a_shell(self):
         for line in ("true", "/bin/true", "./a b", "  tar\tczf  /a/b.tgz -C / etc", "dd if=a of=b",
                      "date +%F", "scp u@h:a,b x_1"):
@@ -3052,27 +2642,37 @@ class Platform(Process):
         lock.renew()
         self.addCleanup(os.chdir, os.getcwd())
         with mock.patch.object(os, "posix_spawn", side_effect=AssertionError("a shell")):
-            child = queuectl.Child("true", self.dir, dict(os.environ), lock)
+            child = queuectl.Child("true", self.dir, dict(os.environ), lock, 1)
             os.close(child.fd)
             self.assertEqual(child.reap(), (0, None))
             with self.assertRaisesRegex(AssertionError, "a shell"):
-                queuectl.Child("true;", self.dir, dict(os.environ), lock)
+                queuectl.Child("true;", self.dir, dict(os.environ), lock, 1)
 
     def test_a_lock_is_held_for_as_long_as_its_process_lives(self):
+        """And not by its children."""
         path = self.path("a.lock")
         self.assertFalse(queuectl.is_held(path))
-        self.assertTrue(queuectl.sweep(path))
-        peer = self.peer(self.HOLDER, path)
-        self.hear(peer)
+        peer = self.peer("""if 1:
+            import os, queuectl, sys
+            queuectl.hold(sys.argv[1])
+            child = os.fork()
+            if child:
+                print(child, flush=True)
+            input()""", path)
+        child = int(self.hear(peer))
+        self.addCleanup(lambda: alive(child) and os.kill(child, signal.SIGKILL))
         self.assertTrue(queuectl.is_held(path))
-        self.assertFalse(queuectl.sweep(path))
+        with self.assertRaises(BlockingIOError):
+            queuectl.hold(path, 0)
         self.assertTrue(os.path.exists(path))
         peer.kill()
         peer.wait()
+        self.assertTrue(alive(child))
         self.assertFalse(queuectl.is_held(path))
         self.assertTrue(os.path.exists(path))
-        self.assertTrue(queuectl.sweep(path))
+        queuectl.release(path, queuectl.hold(path, 0))
         self.assertFalse(os.path.exists(path))
+        self.assertFalse(queuectl.is_held(path))
 
     def test_a_process_knows_its_own_lock(self):
         """Asking the kernel would drop it: closing any descriptor of a file does."""
@@ -3080,7 +2680,8 @@ class Platform(Process):
         fd = queuectl.hold(path)
         self.addCleanup(os.close, fd)
         self.assertTrue(queuectl.is_held(path))
-        self.assertFalse(queuectl.sweep(path))
+        with self.assertRaises(BlockingIOError):
+            queuectl.hold(path, 0)
         code = "import queuectl, sys; print(queuectl.is_held(sys.argv[1]), flush=True)"
         self.assertEqual(self.hear(self.peer(code, path)), "True")
 
@@ -3100,23 +2701,6 @@ class Platform(Process):
         self.assertFalse(queuectl.is_held(path))
         self.tell(peer)
         self.assertEqual(self.hear(peer), "False")
-
-    def test_a_fork_does_not_inherit_the_lock(self):
-        path = self.path("a.lock")
-        peer = self.peer("""if 1:
-            import os, queuectl, sys
-            queuectl.hold(sys.argv[1])
-            child = os.fork()
-            if child:
-                print(child, flush=True)
-            input()""", path)
-        child = int(self.hear(peer))
-        self.addCleanup(lambda: alive(child) and os.kill(child, signal.SIGKILL))
-        self.assertTrue(queuectl.is_held(path))
-        peer.kill()
-        peer.wait()
-        self.assertTrue(alive(child))
-        self.assertFalse(queuectl.is_held(path))
 
     def test_a_lock_file_that_is_swept_while_it_is_taken_is_taken_anew(self):
         path, create, made = self.path("a.lock"), queuectl.create_file, []
@@ -3140,13 +2724,6 @@ class Platform(Process):
             self.assertFalse(queuectl.ring(self.path("bell")))
         self.assertEqual(len(os.listdir("/dev/fd")), before)
 
-    def test_one_look_is_enough_where_nobody_is_patient(self):
-        looks = []
-        with mock.patch.object(queuectl, "_tree", lambda *words: looks.append(words)
-                               or ([], None, "somebody")):
-            self.assertEqual(queuectl.end_tree("x", 1, "a", patient=False), "somebody")
-        self.assertEqual(len(looks), 1)
-
     def test_a_bell_wakes_and_never_blocks_who_rings(self):
         path = self.path("a.bell")
         queuectl.ring(path)  # nobody has ever listened here
@@ -3166,13 +2743,12 @@ class Platform(Process):
         os.close(bell.fd)
         queuectl.ring(path)  # nobody listens any more
 
-    def tree(self, command):
+    def tree(self, command, **env):
         """A job's processes after their worker has died: (child, path of their RunLock)."""
         lock = queuectl.RunLock(self.path("worker"))
-        lock.renew()
-        child = queuectl.Child(command, None, dict(os.environ, QUEUECTL_JOB_ID="job"), lock)
-        lock.record(7, child.pid)
-        os.close(lock.fd)
+        path = self.path(lock.renew())
+        child = queuectl.Child(command, None, dict(os.environ, **env), lock, 7)
+        lock.close()
         reaped = []
 
         def reap():
@@ -3185,113 +2761,157 @@ class Platform(Process):
             os.close(child.fd)
         self.addCleanup(end)
         child.ended = reap
-        return child, self.path(lock.name)
+        return child, path
+
+    def kill_tree(self, path, *expected):
+        """One look of a rescuer, which must find these processes."""
+        pids, doubt = queuectl.end_tree(path, 7, "db/7")
+        self.assertEqual((sorted(pids), doubt), (sorted(expected), None))
 
     def forge(self, path, **words):
         """Change what a RunLock's file says of its run."""
-        names = ("run", "leader", "start", "boot", "namespace")
+        names = ("run", "leader", "before", "after", "boot", "namespace")
         record = dict(zip(names, read_file(path).decode().split()))
         self.assertEqual(set(record), set(names))
         record.update(words)
         with open(path, "wb") as file:
             file.write(" ".join(str(record[name]) for name in names).ljust(200).encode())
 
+    def closing(self, line):
+        """A shell that has closed the lock of its job, and runs a line."""
+        return "%s -c 'import os, sys; os.closerange(3, 256); os.execl(\"/bin/sh\", \"sh\", " \
+            "\"-c\", sys.argv[1])' %s" % (shlex.quote(sys.executable), shlex.quote(line))
+
     def test_end_tree_ends_the_whole_group(self):
         meeting = self.meeting()
         child, path = self.tree(self.in_background(meeting) + meeting.here)
-        meeting.arrived(), meeting.arrived()
-        self.assertIsNone(queuectl.end_tree(path, 7, "job"))
+        pids = {meeting.arrived(), meeting.arrived()}
+        self.kill_tree(path, *pids)
         meeting.gone()
         self.assertEqual(child.ended(), (None, signal.SIGKILL))
-        self.assertIsNone(queuectl.end_tree(path, 7, "job"))
-        self.assertIsNone(queuectl.end_tree(self.path("no such file"), 7, "job"))
-
-    @linux
-    def test_end_tree_finds_by_the_lock_who_left_the_group(self):
-        meeting = self.meeting()
-        child, path = self.tree("setsid " + self.in_background(meeting))
-        pid = meeting.arrived()
-        self.assertEqual(child.ended(), (0, None))
-        self.assertTrue(alive(pid))
-        self.assertIsNone(queuectl.end_tree(path, 7, "job"))
-        meeting.gone()
+        self.kill_tree(path)
+        self.kill_tree(self.path("no such file"))
 
     @linux
     def test_end_tree_needs_no_record(self):
         """A worker can die between the spawn and the record: then the lock alone tells."""
-        for text in (b"", b"6 1 2 3 4"):
+        for text in (b"", b"6 1 2 3 4 5", b"7 1"):
             with self.subTest(text=text):
                 meeting = self.meeting("meeting%d" % len(text))
-                child, path = self.tree(meeting.here)
-                meeting.arrived()
+                child, path = self.tree("setsid " + self.in_background(meeting) + "exit 0")
+                pid = meeting.arrived()
+                child.ended()
                 with open(path, "wb") as file:
                     file.write(text)
-                self.assertIsNone(queuectl.end_tree(path, 7, "job"))
+                self.kill_tree(path, pid)
                 meeting.gone()
 
     @linux
-    def test_end_tree_knows_the_group_by_the_environment_of_a_member(self):
-        """Its leader is gone, and the lock has been closed."""
-        meeting = self.meeting()
-        close = "%s -c 'import os, sys; os.close(%d); os.execl(\"/bin/sh\", \"sh\", \"-c\", " \
-            "sys.argv[1])' %s" % (shlex.quote(sys.executable), queuectl.LOCK_FD,
-                                  shlex.quote(meeting.here))
-        child, path = self.tree(close + " & exit 0")
-        meeting.arrived()
-        child.ended()
-        self.assertIsNone(queuectl.end_tree(path, 7, "job"))
-        meeting.gone()
+    def test_end_tree_needs_no_lock(self):
+        """Who has closed it, and whoever is in his group, is known by his environment; the file
+        may be gone."""
+        for away in (True, False):
+            with self.subTest(away=away):
+                meeting = self.meeting("meeting%d" % away)
+                child, path = self.tree("cd %s; %s & %s; exit 0" % (
+                    shlex.quote(self.dir), "setsid " * away + self.closing(meeting.here),
+                    ":" if away else self.BARE), QUEUECTL_RUN="db/7")
+                pids = [meeting.arrived()]
+                child.ended()
+                if away:
+                    self.assertEqual(queuectl.end_tree(path, 7, "db/77"), ([], None))
+                    os.unlink(path)
+                else:  # its leader is gone, but this one proves whose group it is
+                    pids.append(self.bare(self.dir))
+                self.kill_tree(path, *pids)
+                meeting.gone()
+
+    @linux
+    def test_end_tree_knows_the_group_by_its_leader(self):
+        """Which has closed the lock and has another environment, but was started when the
+        record says."""
+        child, path = self.tree("cd %s; exec env -i %s" % (
+            shlex.quote(self.dir), self.closing("echo $$ >bare; exec sleep 1000")))
+        pid = int(self.until(lambda: os.path.exists(self.path("bare"))
+                             and read_file(self.path("bare")).strip()))
+        self.assertEqual(pid, child.pid)
+        self.kill_tree(path, pid)
+        self.assertEqual(child.ended(), (None, signal.SIGKILL))
 
     @linux
     def test_end_tree_kills_nobody_without_proof(self):
         child, path = self.tree("cd %s; %s; exit 0" % (shlex.quote(self.dir), self.BARE))
         pid = self.bare(self.dir)
         child.ended()
-        doubt = queuectl.end_tree(path, 7, "job")
+        pids, doubt = queuectl.end_tree(path, 7, "db/7")
+        self.assertEqual(pids, [])
         self.assertIn("process %d of its group" % pid, doubt)
         self.assertTrue(alive(pid))
         os.kill(pid, signal.SIGKILL)
-        self.until(lambda: queuectl.end_tree(path, 7, "job") is None)
+        self.until(lambda: queuectl.end_tree(path, 7, "db/7") == ([], None))
 
     @linux
     def test_end_tree_leaves_strangers_alone(self):
         """A number that was reused, after a boot, or in another container proves nothing."""
-        for words in ({"start": "1"}, {"boot": "another"}, {"namespace": "pid:[1]"}):
+        tick = queuectl.START_TICK
+        for words in ({"before": 2 * tick, "after": 3 * tick}, {"before": -9, "after": -2 * tick},
+                      {"boot": "another"}, {"namespace": "pid:[1]"}, {"run": 8}, {}):
             with self.subTest(words):
                 child, path = self.tree("exit 0")
                 child.ended()
                 stranger = self.stranger()
-                self.forge(path, leader=stranger.pid,
-                           start=self.started(stranger.pid).decode())
-                self.forge(path, **words)
-                self.assertIsNone(queuectl.end_tree(path, 7, "job"))
-                self.assertIsNone(stranger.poll())
+                start = int(self.started(stranger.pid)) * tick
+                times = {name: "%.3f" % (start + words.get(name, 0)) for name in
+                         ("before", "after")}
+                self.forge(path, leader=stranger.pid, **dict(words, **times))
+                self.kill_tree(path, *[stranger.pid] * (not words))
+                if words:
+                    self.assertIsNone(stranger.poll())
+                else:  # as it would be, were all of it true
+                    self.assertEqual(stranger.wait(), -signal.SIGKILL)
 
     def test_a_background_child_keeps_its_lock_and_the_next_run_gets_another(self):
         meeting = self.meeting()
         lock = queuectl.RunLock(self.path("worker"))
-        lock.renew()
-        first = lock.name
-        child = queuectl.Child(self.in_background(meeting), None, dict(os.environ), lock)
+        first = lock.renew()
+        child = queuectl.Child(self.in_background(meeting), None, dict(os.environ), lock, 7)
         self.addCleanup(os.close, child.fd)
-        meeting.arrived()
+        pid = meeting.arrived()
         child.reap()
-        lock.renew()
-        second = lock.name
+        second = lock.renew()
         self.assertNotEqual(first, second)
-        lock.renew()
-        self.assertEqual(lock.name, second)  # nobody holds it: no file per run
+        self.assertEqual(read_file(self.path(first))[:2], b"7 ")  # as long as it may be needed
+        kept = os.open(self.path(first), os.O_RDONLY)
+        self.addCleanup(os.close, kept)
+        self.assertEqual([lock.renew(), lock.renew(), lock.renew()], [first, second, first])
+        self.assertFalse(queuectl.same_file(kept, self.path(first)))  # it has been replaced
+        self.assertTrue(alive(pid))
+        self.assertLessEqual({first, second}, set(os.listdir(self.dir)))
+        lock.discard()
+        self.assertEqual({first, second} & set(os.listdir(self.dir)), set())
         meeting.let_go()
         meeting.gone()
-        os.close(lock.fd)
-        self.assertIsNone(queuectl.end_tree(self.path(first), 1, "job"))
+
+    def test_a_lock_is_taken_while_a_rescuer_looks(self):
+        """Who only looks has the file open for an instant, and is not taken for its holder."""
+        child, path = self.tree("exit 0")
+        child.ended()
+        peer = self.peer("""if 1:
+            import fcntl, sys
+            file = open(sys.argv[1])
+            fcntl.flock(file, fcntl.LOCK_SH)
+            print("looks", flush=True)
+            input()""", path)
+        self.hear(peer)
+        self.kill_tree(path)
+        self.assertIsNone(peer.poll())
 
     def test_signals_that_were_blocked_are_heard(self):
         peer = self.peer("""if 1:
             import queuectl, signal
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGCHLD])
-            queuectl.clean_slate()
+            queuectl.reset_signals()
             print(signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN,
                   signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)""")
         self.assertEqual(self.hear(peer), "False set()")
@@ -3310,12 +2930,14 @@ class Runner(Process):
                         output.feed(stream[start:start + chunk])
                     first, missing = limit // 4, len(stream) - limit
                     if missing <= 0:
-                        self.assertEqual(output.kept(), stream)
+                        self.assertEqual(output.kept(), [(0, stream)])
                         continue
                     line = b"\n[queuectl: %d bytes are not kept (output_limit)]\n" % missing
-                    self.assertEqual(output.kept(), stream[:first] + line
-                                     + stream[first + missing:])
-                    self.assertEqual(output.total, len(stream))
+                    self.assertEqual(queuectl.join_pieces(output.kept(), 0), (
+                        stream[:first] + line + stream[first + missing:], len(stream)))
+                    self.assertEqual(output.missing(), (first, first + missing))
+                    last = min(limit - first, 50)
+                    self.assertEqual(output.end(last), stream[len(stream) - last:])
 
     def test_output_is_bounded_in_memory(self):
         import tracemalloc
@@ -3329,113 +2951,155 @@ class Runner(Process):
             tracemalloc.stop()
         self.assertLess(peak, 1024 ** 2)
 
-    def live(self, output=None):
-        path = self.path("live")
-        live = queuectl.LiveOutput.create(path, output or queuectl.Output(100))
-        reader = queuectl.open_live_output(path)
-        self.addCleanup(live.close)
-        self.addCleanup(reader.close)
-        return live, reader
+    GAP = re.compile(rb"\n\[queuectl: (\d+) bytes are not kept \(output_limit\)\]\n")
 
-    def test_live_output_is_followed_without_loss_round_the_ring(self):
+    def read_on(self, queue, run, stream, seen):
+        """(how far a reader who knows the first bytes has come, how much he has missed); what he
+        sees must be of the stream, and what he does not see must be told."""
+        data, after = queuectl.join_pieces(queue.pieces(run, seen)[0], seen)
+        at, missed = seen, 0
+        for number, text in enumerate(self.GAP.split(data)):
+            if number % 2:
+                missed += int(text)
+                at += int(text)
+            else:
+                self.assertTrue(stream.startswith(text, at), "torn at %d" % at)
+                at += len(text)
+        self.assertEqual(at, after)
+        return after, missed
+
+    def test_live_output_is_followed_without_loss(self):
+        """However it comes, and whenever one looks; and it stays within bounds."""
         import random
-        random, (live, reader) = random.Random(4), self.live()
-        stream = os.urandom(3 * queuectl.LIVE_RING + 12345)
-        at = 0
-        while at < len(stream):
-            size = random.choice((1, 1000, 65536))
-            live.write(stream[at:at + size])
-            self.assertTrue(reader.grown())
-            data, missed = reader.read()
-            self.assertEqual((missed, data), (0, stream[at:at + size]))
-            self.assertEqual(reader.read(), (b"", 0))
-            self.assertFalse(reader.grown())
-            at += len(data)
-        self.assertLessEqual(os.path.getsize(self.path("live")), queuectl.LIVE_RING + 100)
-
-    def test_live_output_says_how_much_a_slow_reader_has_missed(self):
-        live, reader = self.live()
-        stream = os.urandom(5 * queuectl.LIVE_RING // 2)
-        live.write(stream[:1000])
-        self.assertEqual(reader.read(), (stream[:1000], 0))
-        live.write(stream[1000:])
-        data, missed = reader.read()
-        self.assertEqual(1000 + missed + len(data), len(stream))
-        self.assertEqual(data, stream[1000 + missed:])
-        self.assertGreaterEqual(len(data), queuectl.LIVE_RING - queuectl.CHUNK)
-
-    def test_live_output_starts_with_what_was_kept(self):
-        output = queuectl.Output(100)
-        output.feed(b"h" * 25 + b"-" * 1000 + b"t" * 75)
-        live, reader = self.live(output)
-        self.assertEqual(reader.read(), (b"t" * 75, 1025))
-        live.write(b"more")
-        self.assertEqual(reader.read(), (b"more", 0))
-
-    def test_live_output_never_shows_what_is_being_overwritten(self):
-        import random
-        live, reader = self.live()
-        stream = random.Random(6).getrandbits(8 * 8 * 1024 ** 2).to_bytes(8 * 1024 ** 2, "big")
-
-        def write():
-            for start in range(0, len(stream), 65536):
-                live.write(stream[start:start + 65536])
-        writer = threading.Thread(target=write)
-        writer.start()
-        try:
-            at = 0
+        random, queue = random.Random(4), self.queue(durable=False)
+        queue.enqueue("true")
+        claim, output = self.claim(queue), queuectl.Output(100)
+        stream = bytes(random.choice(b"0123456789\n") for _ in range(20000))
+        at = slow = fast = all_missed = 0
+        with mock.patch.object(queuectl, "LIVE_MOST", 60):
             while at < len(stream):
-                data, missed = reader.read()
-                at += missed
-                self.assertTrue(stream.startswith(data, at), "torn at %d" % at)
-                at += len(data)
-        finally:
-            writer.join()
+                big = at > 10000  # from then on more comes than is shown
+                size = random.choice((70, 200, 1000)) if big else random.choice((1, 20, 60))
+                output.feed(stream[at:at + size])
+                at = min(at + size, len(stream))
+                queue.add_output(claim.run, output.fresh(), output.missing())
+                fast, missed = self.read_on(queue, claim.run, stream, fast)
+                self.assertEqual(fast, at)
+                self.assertTrue(big or not missed)
+                all_missed += missed
+                if random.random() < 0.1:
+                    slow, _ = self.read_on(queue, claim.run, stream, slow)
+                    self.assertEqual(slow, at)
+                self.assertLessEqual(queue._value("SELECT sum(length(data)) FROM output"),
+                                     100 + 2 * 60)
+        self.assertGreater(all_missed, 0)
+        self.settle(queue, claim, pieces=output.kept())
+        for seen in (slow, fast, 0, 10000):  # of a run that has ended
+            self.assertEqual(self.read_on(queue, claim.run, stream, seen)[0], len(stream))
+        self.assertEqual(queue.pieces(claim.run)[0], output.kept())
+
+    def test_what_is_read_of_an_output_is_of_one_moment(self):
+        """Where its run ends meanwhile, it is not taken for whole too soon."""
+        queue, other = self.queue(), self.queue()
+        read = queue._rows
+        for reads_before in range(3):
+            queue.enqueue("true")
+            claim, reads = self.claim(other), []
+            other.add_output(claim.run, [(0, b"one")], (25, 25))
+
+            def rows(*words):
+                if len(reads) == reads_before:
+                    self.settle(other, claim, output=b"one two")
+                reads.append(words)
+                return read(*words)
+            with mock.patch.object(queue, "_rows", rows):
+                found = queue.pieces(claim.run)
+            self.assertIn(found, [([(0, b"one")], False), ([(0, b"one two")], True)])
+            if len(reads) <= reads_before:
+                self.settle(other, claim)
+
+    def test_output_of_a_run_that_is_over_is_not_added(self):
+        """Its worker has been taken for dead, and was only slow."""
+        queue = self.queue()
+        queue.enqueue("true")
+        claim = self.claim(queue)
+        self.settle(queue, claim, "lost", output=b"one")
+        queue.add_output(claim.run, [(3, b"two")], (25, 25))
+        self.assertEqual(queue.output(claim.run), b"one")
+        self.settle(queue, claim, output=b"whole")
+        self.assertEqual(queue.output(claim.run), b"one")
 
 
 class Workers(Process):
     """Jobs run as promised, and workers come, go and are seen."""
 
     def test_the_environment_of_a_job(self):
-        self.add("a", "env", env={"OF_JOB": "b c", "OF_WORKER": "changed"}, queue="mail",
-                 max_retries=7)
-        code, _, err = self.cli("worker", "start", "--drain", env={
+        """And its folder."""
+        os.mkdir(self.path("folder"))
+        self.add("a", "pwd; env", env={"OF_JOB": "b c", "OF_WORKER": "changed"}, queue="mail",
+                 max_retries=7, cwd=self.path("folder"))
+        self.add("b", "pwd")
+        code, _, err = self.cli("worker", "start", "--drain", cwd="/", env={
             "OF_WORKER": "x", "KEPT": "y", "QUEUECTL_ATTEMPT": "99"})
         self.assertEqual(code, 0, err)
-        env = dict(line.split("=", 1) for line in self.output("a").decode().splitlines())
+        self.assertEqual(self.output("b").decode(), self.dir + "\n")
+        folder, *lines = self.output("a").decode().splitlines()
+        env = dict(line.split("=", 1) for line in lines)
         self.assertEqual({key: value for key, value in env.items()
                           if key.startswith("QUEUECTL_")},
                          {"QUEUECTL_JOB_ID": "a", "QUEUECTL_ATTEMPT": "1", "QUEUECTL_QUEUE": "mail",
                           "QUEUECTL_MAX_RETRIES": "7", "QUEUECTL_WORKER": "1",
-                          "QUEUECTL_DB": self.db})
-        self.assertEqual([env[key] for key in ("OF_JOB", "OF_WORKER", "KEPT")],
-                         ["b c", "changed", "y"])
+                          "QUEUECTL_DB": self.db, "QUEUECTL_RUN": "%s/%d" % (
+                              self.queue().identity, self.runs("a")[0].run)})
+        self.assertEqual([folder] + [env[key] for key in ("OF_JOB", "OF_WORKER", "KEPT")],
+                         [self.path("folder"), "b c", "changed", "y"])
 
     def worker(self):
         """A worker that is no process: for what can only be seen from within."""
-        return queuectl.Worker(queuectl.StartOptions(
-            path=self.db, count=1, drain=False, queues=[], via=None, quiet=True, log=None),
-            "supervisor", 1, None)
+        worker = queuectl.Worker(queuectl.StartOptions(
+            path=self.db, count=1, drain=False, queues=[], via=None, quiet=True, log=None,
+            name="supervisor"), 1, "w")
+        worker._log = mock.Mock()
+        return worker
 
-    def test_an_order_that_cannot_be_read_is_read_again(self):
-        worker = self.worker()
-        worker._check_files = lambda: None
-        worker._queue = mock.Mock()
-        worker._queue.ordered.side_effect = [queuectl.DatabaseUnavailable("busy"), queuectl.DRAIN]
+    def test_a_worker_reads_its_orders_in_two_lock_files(self):
+        """Its own and its supervisor's, whether a bell has rung or not. They only rise; and a
+        supervisor that is dead means: drain."""
+        worker, queue = self.worker(), self.queue()
+        worker._queue = queue
+        queuectl.require_safe(self.db)
+        own, leader = (queue.lock_path(name) for name in ("w", "supervisor"))
+        worker._held = queuectl.hold(own)
+        self.addCleanup(queuectl.release, own, worker._held)
+        peer = self.peer("import queuectl, sys; queuectl.hold(sys.argv[1]); print(); input()",
+                         leader)
+        self.hear(peer)
         worker._look_around()
-        self.assertTrue(worker._rung)  # so that it does not sleep long
+        self.assertEqual(worker._level, queuectl.RUN)
+        other = "import queuectl, sys; queuectl.give_order(sys.argv[1], int(sys.argv[2])); print()"
+        for path, order, level in ((own, 1, 1), (leader, 1, 1), (leader, 2, 2), (leader, 1, 2),
+                                   (own, 1, 2)):
+            self.hear(self.peer(other, path, str(order)))
+            worker._look_around()
+            self.assertEqual((path, worker._level), (path, level))
+        peer.kill()
+        peer.wait()
+        self.hear(self.peer("import os, sys; os.truncate(sys.argv[1], 0); print()", own))
+        os.unlink(leader)
+        worker._level = queuectl.RUN
         worker._look_around()
-        self.assertEqual((worker._level, worker._rung), (queuectl.DRAIN, False))
+        self.assertEqual(worker._level, queuectl.DRAIN)
 
     def test_orders_and_syncs_do_not_wait_for_jobs_that_cannot_be_spawned(self):
         queue, worker, lock = self.queue(), self.worker(), queuectl.RunLock(self.path("lock"))
+        worker._queue = queue
         queue.enqueue("true", cwd=self.path("nowhere"))
         lock.renew()
         self.addCleanup(lock.discard)
         slept = []
         worker._sleep = lambda until: slept.append(until) or []
         result = worker._attend(queuectl.Execution(
-            queue.turn(None, "w", "w.0")[1], "true", {}, lock, self.path("live"), 1.0))
+            queue.turn(None, "w", "w.run0")[1], "true", {}, lock))
         self.assertEqual(result.outcome, "failed")
         self.assertEqual(len(slept), 1)
         self.assertLess(slept[0], time.monotonic())
@@ -3443,8 +3107,8 @@ class Workers(Process):
     def test_the_lock_of_an_unsettled_run_stays_while_the_database_is_full(self):
         """What a job left in the background still holds it, and a rescuer must see that."""
         worker = self.worker()
-        worker._lock, worker._queue, worker._log = mock.Mock(), mock.Mock(), mock.Mock()
-        worker._look_around = worker._sleep = lambda *until: None
+        worker._lock, worker._queue = mock.Mock(), mock.Mock()
+        worker._pause = lambda: None
         worker._queue.turn.side_effect = [queuectl.DatabaseUnavailable("full")] * 3 + [(None, None)]
         self.assertIsNone(worker._turn(None))
         self.assertEqual(worker._queue.turn.call_count, 4)
@@ -3456,13 +3120,21 @@ class Workers(Process):
         self.addCleanup(lock.discard)
         worker._lock, worker._queue, worker._waiter = lock, queue, mock.Mock()
         worker._env = {}
-        worker._sleep = lambda until: []
-        for number, outcome in ((errno.EMFILE, "interrupted"), (errno.EAGAIN, "interrupted"),
-                                (errno.EACCES, "failed")):
-            id = queue.enqueue("true")
-            with mock.patch.object(queuectl, "Child", side_effect=OSError(number, "none left")):
-                _, result = worker._run(queue.turn(None, "w", "lock.0")[1])
-            self.assertEqual((result.outcome, result.error.count("none left")), (outcome, 1))
+        worker._sleep, worker._pause = lambda until: [], lambda: None
+        for error, outcome in (
+                (OSError(errno.EMFILE, "none left"), "interrupted"),
+                (OSError(errno.EAGAIN, "none left"), "interrupted"),
+                (OSError(errno.EACCES, "none left", "/bin/sh"), "interrupted"),
+                (OSError(errno.EBADF, "none left"), "interrupted"),
+                (OSError(errno.ENOMEM, "none left", self.dir), "interrupted"),
+                (OSError(errno.EACCES, "none left", self.dir), "failed"),  # the job's own folder
+                (OSError(errno.E2BIG, "none left", "/bin/sh"), "failed"),
+                (ValueError("none left"), "failed")):
+            id = queue.enqueue("true", cwd=self.dir)
+            with mock.patch.object(queuectl, "Child", side_effect=error):
+                result = worker._run(queue.turn(None, "w", "lock.run0")[1])
+            self.assertEqual((error, result.outcome, result.error.count("none left")),
+                             (error, outcome, 1))
             queue.cancel([id])
             queue.turn(result, None)
 
@@ -3471,14 +3143,20 @@ class Workers(Process):
         supervisor._log = mock.Mock()
         seat = supervisor._seats[1]
         seat.replace_at = 0.0
-        with mock.patch.object(queuectl.Fork, "Pipe", side_effect=OSError(errno.EMFILE, "no")):
-            supervisor._replace()
-        self.assertGreater(seat.replace_at, time.monotonic())
-        with mock.patch("os.fork", side_effect=OSError(errno.EAGAIN, "no")):
+        pipe, pipes = os.pipe, []
+        for place in ("os.fork", "os.pipe"):  # the second pipe
+
+            def scarce():
+                pipes.append(place)
+                if place == "os.fork" or pipes.count(place) > 1:
+                    raise OSError(errno.EAGAIN, "no")
+                return pipe()
             seat.replace_at = 0.0
-            before = len(os.listdir("/dev/fd"))
-            supervisor._replace()
-            self.assertEqual(len(os.listdir("/dev/fd")), before)
+            before = os.listdir("/dev/fd")
+            with mock.patch(place, scarce):
+                supervisor._replace()
+            self.assertEqual(os.listdir("/dev/fd"), before)  # it will try again and again
+            self.assertIn("cannot start worker 1", supervisor._log.warn.call_args[0][0])
         self.assertGreater(seat.replace_at, time.monotonic())
         self.assertIsNone(seat.process)
         with mock.patch.object(queuectl, "create_file", side_effect=OSError(errno.EMFILE, "no")):
@@ -3486,54 +3164,83 @@ class Workers(Process):
                 self.queue()
 
     def test_nobody_who_reads_the_log_holds_a_worker(self):
-        log = queuectl.Log(self.worker()._options, "me")
-        reader, log._fd = os.pipe()
+        options = self.worker()._options
+        options.log = self.path("log")
+        os.mkfifo(options.log)
+        reader = os.open(options.log, os.O_RDWR | os.O_NONBLOCK)
         self.addCleanup(os.close, reader)
-        self.addCleanup(os.close, log._fd)
-        os.set_blocking(log._fd, False)
+        log = queuectl.Log(options, "me")
         with contextlib.suppress(BlockingIOError):
             while True:
-                os.write(log._fd, b"x" * 4096)
-        os.set_blocking(log._fd, True)
+                os.write(reader, b"x" * 4096)
         with mock.patch.object(queuectl, "LOG_PATIENCE", 0.01):
             for number in range(3):
                 log.warn("line %d" % number)
-        os.set_blocking(reader, False)
         with contextlib.suppress(BlockingIOError):
             while os.read(reader, 65536):
                 pass
         log.warn("line 3")
         self.assertRegex(os.read(reader, 65536).decode(),
-                         r"\A\(3 lines were dropped\)\n[0-9:]+ me: line 3\n\Z")
+                         r"\A\(3 lines were dropped\)\n[0-9:-]+ [0-9:]+ me: line 3\n\Z")
 
     def test_a_running_job_does_not_wait_for_what_its_worker_does_for_others(self):
         """Neither for a busy database nor for the end of a dead worker's tree."""
         worker, queue = self.worker(), self.queue()
-        worker._queue, seen = queue, []
-        queue.store_counts = lambda: seen.append(queue._patience)
-        with mock.patch.object(queuectl, "rescue", lambda queue, note, patient: seen.append(
-                patient) or 0):
-            worker._look_after_others()
-            worker._look_after_others()  # not again so soon
-        self.assertEqual(seen, [False, queuectl.IMPATIENCE])
+        worker._queue, worker._waiter, worker._bell = queue, mock.Mock(), mock.Mock()
+        worker._waiter.wait.return_value = []
+        worker._look_around, seen = lambda: None, []
+
+        def look(queue, note):
+            seen.append(queue._patience)
+            return 0
+        worker._rescuer.look = look
+        worker._sleep(0.0)
+        worker._sleep(0.0)  # not again so soon
+        self.assertEqual(seen, [queuectl.IMPATIENCE])
         with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other, \
-                mock.patch.object(queuectl, "IMPATIENCE", 0.0), \
+                mock.patch.object(queuectl, "IMPATIENCE", -1.0), \
                 mock.patch("time.sleep", side_effect=AssertionError("it sleeps")):
             other.execute("BEGIN IMMEDIATE")
             with self.assertRaises(queuectl.DatabaseUnavailable), queue.impatient():
                 queue.pause()
         self.assertEqual(queue._patience, queuectl.BUSY_BUDGET)
 
+    def test_a_rescuer_looks_again_soon(self):
+        """While a tree is dying; if it does not, everybody is told."""
+        queue, rescuer, notes = self.queue(), queuectl.Rescuer(), []
+        queue.enqueue("true", id="a")
+        self.claim(queue)
+        trees = [([4711], None)] * 8 + [([], None)] * 2  # unseen twice: it is gone
+        pauses = []
+        with mock.patch.object(queuectl, "end_tree", lambda *words: trees.pop(0)):
+            while trees:
+                self.assertEqual(rescuer.look(queue, notes.append), int(not trees))
+                pauses.append(rescuer.next_look - time.monotonic())
+                error = queue.runs("a")[0].error
+                if len(pauses) == 6:
+                    self.assertIsNone(error)
+                elif len(pauses) == 8:
+                    self.assertIn("process 4711, which does not die, may be running it", error)
+        for pause, expected in zip(pauses, (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1, 1, 1)):
+            self.assertLessEqual(pause, expected)
+            self.assertGreater(pause, 0.8 * expected - 0.02)
+        self.assertEqual(notes, ["job a: its worker w-1 died; the job is pending"])
+        self.assertEqual((self.runs("a")[0].outcome, rescuer.dying), ("lost", False))
+
     def test_a_shortage_while_looking_for_dead_workers_harms_nobody(self):
-        worker = self.worker()
-        worker._queue, worker._log = self.queue(), mock.Mock()
-        for number, expected in ((errno.EMFILE, False), (errno.EIO, None)):
-            worker._next_rescue = 0.0
-            with mock.patch.object(queuectl, "rescue", side_effect=OSError(number, "no")):
-                if expected is None:
-                    self.assertRaises(OSError, worker._rescue)
+        worker, queue = self.worker(), self.queue()
+        worker._queue, worker._waiter, worker._bell = queue, mock.Mock(), mock.Mock()
+        worker._waiter.wait.return_value = []
+        worker._look_around = lambda: None
+        queue.enqueue("true")
+        self.claim(queue)
+        for number in (errno.EMFILE, errno.EIO):
+            worker._next_look = 0.0
+            with mock.patch.object(queuectl, "end_tree", side_effect=OSError(number, "no")):
+                if number == errno.EMFILE:
+                    worker._sleep(0.0)
                 else:
-                    self.assertEqual(worker._rescue(), expected)
+                    self.refuses("cannot look for dead workers", worker._sleep, 0.0)
 
     def test_a_pause_is_as_long_as_it_should_be(self):
         """Whatever wakes, but for another order."""
@@ -3551,15 +3258,16 @@ class Workers(Process):
                 self.assertAlmostEqual(clock.now, 100.0 + 0.3 * queuectl.TICK * sleeps)
 
     def test_who_could_not_lock_tries_again(self):
-        """Also where nothing else happens to the database."""
-        worker, queue = self.worker(), self.queue()
-        worker._queue, worker._able = queue, False
-        worker._rescue = lambda: False
-        worker._check_files = worker._keep_house = lambda: None
-        worker._sleep = lambda until: None
-        queue.changed()
-        with mock.patch.object(queuectl, "TICK", 0.0):
-            worker._idle()  # returns
+        """And has stored its result before."""
+        worker, claim, result = self.worker(), mock.Mock(), mock.Mock(seconds=0.0)
+        worker._lock, worker._queue, worker._pause = mock.Mock(), mock.Mock(), lambda: None
+        worker._lock.renew.side_effect = [OSError(errno.EMFILE, "no")] * 2 + ["w.run0"]
+        worker._queue.turn.side_effect = [(mock.Mock(), None), (None, None), (None, claim)]
+        self.assertIs(worker._turn(result), claim)
+        self.assertEqual([call[0] for call in worker._queue.turn.call_args_list], [
+            (result, None, ""), (None, None, ""), (None, "w", "w.run0")])
+        self.assertEqual([call[0][0].partition(":")[0] for call in worker._log.warn.call_args_list],
+                         ["cannot lock a file for the next job", "that works again"])
 
     def test_what_has_run_is_counted_while_a_long_job_runs(self):
         meeting = self.meeting()
@@ -3569,12 +3277,6 @@ class Workers(Process):
         meeting.arrived()
         with Queue(self.db) as queue:
             self.until(lambda: [row[1:3] for row in queue.stats()] == [("completed", 1)])
-
-    def test_a_job_reaches_its_own_queue(self):
-        self.add("a", "%s %s enqueue --id b true" % (shlex.quote(sys.executable),
-                                                    shlex.quote(SCRIPT)))
-        self.drain("--db", self.db)
-        self.assertEqual(self.job("b").state, "completed")
 
     @linux
     def test_the_surroundings_of_a_job(self):
@@ -3586,8 +3288,11 @@ class Workers(Process):
             os.umask(0o027)
         self.add("a", "for fd in 0 1 2; do readlink /proc/$$/fd/$fd; done; ls /proc/$$/fd; "
                  "touch made; umask; grep -E '^Sig(Blk|Ign)' /proc/self/status; exit 3",
-                 max_retries=1, cwd=self.dir)
-        process = self.workers(1, preexec_fn=hostile)
+                 max_retries=1)
+        inherited = os.pipe()
+        for fd in inherited:
+            self.addCleanup(os.close, fd)
+        process = self.workers(1, preexec_fn=hostile, pass_fds=inherited)
         self.until_state("a", "dead")
         self.assertEqual(self.job("a").exit_code, 3)  # with SIGCHLD ignored it would be 0
         words = self.output("a").decode().split()
@@ -3603,14 +3308,6 @@ class Workers(Process):
         self.assertEqual(stat.S_IMODE(os.stat(self.path("made")).st_mode), 0o640)
         process.send_signal(signal.SIGTERM)
         self.ended(process)
-
-    def test_the_folder_of_a_job(self):
-        os.mkdir(self.path("folder"))
-        self.add("a", "pwd", cwd=self.path("folder"))
-        self.add("b", "pwd")
-        self.drain()
-        self.assertEqual(self.output("a").decode().strip(), self.path("folder"))
-        self.assertEqual(self.output("b").decode().strip(), os.getcwd())
 
     def test_a_line_that_needs_no_shell_ends_as_with_one(self):
         for name, text in (("noshebang", "echo shell $0 $@"), ("a-script", "#!/bin/sh\necho $0 $@"),
@@ -3642,191 +3339,115 @@ class Workers(Process):
                                  (shell.returncode, shell.stdout))
 
     def test_a_job_is_retried_and_then_dead(self):
+        """And what is logged."""
         self.configure(backoff_base=0)
-        self.add("a", "echo $QUEUECTL_ATTEMPT of $QUEUECTL_MAX_RETRIES; exit $QUEUECTL_ATTEMPT")
-        self.add("b", "exit 9", max_retries=1)
+        self.add("a", "printf '%s of %s es\\033cape' $QUEUECTL_ATTEMPT $QUEUECTL_MAX_RETRIES; "
+                 "exit $QUEUECTL_ATTEMPT")
+        self.add("b", "true")
         log = self.drain()
-        job, runs = self.job("a"), self.runs("a")
-        self.assertEqual((job.state, job.attempts, job.exit_code), ("dead", 3, 3))
-        self.assertEqual([(run.outcome, run.exit_code) for run in runs],
+        for line in (
+                r"queuectl: 1 worker on .*q\.db", r"worker 1: job a started \(attempt 2 of 3\)",
+                r"worker 1: job a failed after [^ ]+, again at once: exit code 1: 1 of 3 es.cape",
+                r"worker 1: job a dead after [^ ]+: exit code 3", "worker 1: job b completed in "):
+            self.assertRegex(log, r"(?m)^\d\d:\d\d:\d\d " + line)
+        self.assertNotIn("\x1b", log)
+        self.assertEqual([(run.outcome, run.exit_code) for run in self.runs("a")],
                          [("failed", 1), ("failed", 2), ("failed", 3)])
         self.assertEqual([self.output("a", n) for n in (1, 2, 3)],
-                         [b"%d of 3\n" % n for n in (1, 2, 3)])
-        self.assertIn("exit code 3: 3 of 3", job.last_error)
-        self.assertEqual(len(self.runs("b")), 1)
-        self.assertRegex(log, r"job a failed after [^ ]+, again at once: exit code 1")
-        self.assertRegex(log, r"job a started \(attempt 2 of 3\)")
-        self.assertRegex(log, r"job a dead after [^ ]+: exit code 3")
+                         [b"%d of 3 es\33cape" % n for n in (1, 2, 3)])
+        self.assertIn("exit code 3: 3 of 3", self.job("a").last_error)
         self.ok("dlq", "retry", "a")
-        self.drain()
+        self.add("c", "true")
+        self.assertEqual(self.drain("--quiet"), "")
         self.assertEqual((self.job("a").attempts, len(self.runs("a"))), (3, 6))
 
     def test_a_retry_waits_for_its_backoff(self):
-        self.configure(backoff_base=100)
-        self.add("a", "exit 1")
-        process = self.workers()
-        job = self.until_state("a", "failed")
-        finished = queuectl.from_iso(self.runs("a")[0].finished_at)
-        self.assertAlmostEqual(job.run_after - finished, 100, delta=5)
-        self.until_logged(process, "again in 1m")
         self.configure(backoff_base=0.3)
         self.add("b", "exit 1")
+        process = self.workers()
         self.until_state("b", "dead")
         first, second, third = (queuectl.from_iso(run.started_at) for run in self.runs("b"))
         self.assertGreaterEqual(second - first, 0.3 - 0.002)
         self.assertGreaterEqual(third - second, 0.3 ** 2 - 0.002)
-        self.assertEqual(self.job("a").attempts, 1)
+        self.until_logged(process, "again in 300ms")
 
     def test_a_timeout_ends_the_whole_group(self):
+        """A polite leader's end is not its stubborn child's."""
         meeting = self.meeting()
+        self.configure(kill_grace=0.2, job_timeout=0.5)
         self.add("a", self.in_background(meeting) + self.in_background(meeting, "trap '' TERM; ")
-                 + meeting.here, timeout=0.5, max_retries=1)
-        self.configure(kill_grace=0.2)
+                 + meeting.here, max_retries=1)
         self.drain()
         meeting.gone()
-        job, run = self.job("a"), self.runs("a")[0]
-        self.assertEqual((job.state, run.outcome), ("dead", "timeout"))
-        self.assertIn("--timeout", job.last_error)
-        self.configure(job_timeout=0.2)  # applies to jobs that are there already
-        self.add("b", "sleep 1000", max_retries=1)
-        self.drain()
-        self.assertEqual(self.runs("b")[0].outcome, "timeout")
+        self.assertEqual((self.job("a").state, self.runs("a")[0].outcome), ("dead", "timeout"))
+        self.assertIn("--timeout", self.job("a").last_error)
 
     def test_a_failed_job_leaves_nobody_behind_and_a_successful_one_may(self):
-        failed, succeeded = self.meeting("failed"), self.meeting("succeeded")
-        self.add("a", self.in_background(failed) + failed.here + "; exit 1", max_retries=1)
-        self.add("b", self.in_background(succeeded))
+        failed, left, stays = map(self.meeting, ("failed", "left", "stays"))
+        polite = "trap 'echo ended >ended; exit' TERM; "
+        self.add("a", self.in_background(left, polite) + failed.here + "; exit 1", max_retries=1)
+        self.add("b", self.in_background(stays))
         self.workers(2)
-        pids = {failed.arrived(), failed.arrived()}
-        pid = succeeded.arrived()
+        failed.arrived(), left.arrived()
+        pid = stays.arrived()
         self.until_state("b", "completed")
-        self.assertEqual(self.job("a").state, "processing")
-        # Only one may go: the job's own shell, whose end is the job's.
-        self.until(lambda: failed.let_go() or self.job("a").state == "dead"
-                   or not any(map(alive, pids)))
-        self.until_state("a", "dead")
-        failed.gone()
+        self.finish(failed, "a", "dead")
+        left.gone()
+        self.assertEqual(read_file("ended"), b"ended\n")  # it was asked first
         self.assertTrue(alive(pid))
-        succeeded.let_go()
-        succeeded.gone()
-
-    def test_priorities_and_the_order_of_arrival(self):
-        for number, priority in enumerate((0, 5, -1, 5, 0, 7)):
-            self.add("j%d" % number, "echo $QUEUECTL_JOB_ID >>ran", priority=priority, cwd=self.dir)
-        self.drain()
-        self.assertEqual(read_file(self.path("ran")).decode().split(),
-                         ["j5", "j1", "j3", "j0", "j4", "j2"])
-
-    def test_workers_serve_the_queues_that_they_are_told(self):
-        for name in ("one", "two", "three"):
-            self.add(name, "true", queue=name)
-        self.drain("--queue", "one", "--queue", "two")
-        self.assertEqual([self.job(name).state for name in ("one", "two", "three")],
-                         ["completed", "completed", "pending"])
-        self.workers(1, "--queue", "three")
-        self.until_state("three", "completed")
-        self.assertEqual(self.infos()[0].queues, ["three"])
-
-    def test_drain_does_not_wait_for_paused_later_and_blocked_jobs(self):
-        self.ok("pause", "paused")
-        self.add("paused", "true", queue="paused")
-        self.add("later", "true", delay="1h")
-        self.add("blocked", "true", after=["later"])
-        self.add("other", "true", queue="other")
-        self.add("ready", "true")
-        self.drain("--queue", "default", "--queue", "paused")
-        self.assertEqual([self.job(id).view for id in
-                          ("paused", "later", "blocked", "other", "ready")],
-                         ["pending", "scheduled", "blocked", "pending", "completed"])
-        self.ok("pause")
-        self.add("all", "true")
-        self.drain()
-        self.assertEqual(self.job("all").state, "pending")
+        stays.let_go()
+        stays.gone()
 
     def test_drain_waits_for_retries_and_for_what_its_own_jobs_bring(self):
         self.configure(backoff_base=0.2)
-        again = "[ -e %s ] || { touch %s; exit 1; }"
-        self.add("retry", again % ((shlex.quote(self.path("tried")),) * 2))
+        self.add("retry", "[ -e tried ] || { touch tried; exit 1; }")
+        self.drain()
+        self.assertEqual(self.job("retry").state, "completed")
         meeting = self.meeting()
         self.add("first", meeting.here)
         self.add("next", "true", after=["first"])
         process = self.start("worker", "start", "--drain", "--count", 2)
         meeting.arrived()
-        self.until_state("retry", "completed")
         self.assertIsNone(process.poll())
         meeting.let_go()
         self.ended(process)
         self.assertEqual(self.job("next").state, "completed")
 
     def test_drain_does_not_wait_for_jobs_of_other_supervisors(self):
-        meeting = self.meeting()
-        self.add("a", meeting.here)
-        self.workers()
-        meeting.arrived()
+        meeting, _, _ = self.busy()
         self.drain()
         self.assertEqual(self.job("a").state, "processing")
-        meeting.let_go()
-        self.until_state("a", "completed")
+        self.finish(meeting)
 
     def test_workers_started_from_two_terminals_share_the_queue(self):
+        """They are listed, and stopped from a third one."""
         meeting = self.meeting()
         for id in ("a", "b", "c"):
             self.add(id, meeting.here)
-        first, second = self.workers(1), self.workers(2)
-        pids = {meeting.arrived() for _ in range(3)}
-        self.assertEqual(len(pids), 3)
-        infos = self.infos()
-        self.assertEqual(sorted(info.job for info in infos), ["a", "b", "c"])
-        self.assertEqual(sorted(info.slot for info in infos), [1, 1, 2])
-        self.assertEqual(len({info.supervisor for info in infos}), 2)
-        for _ in pids:
+        first, second = self.workers(1), self.workers(2, "--queue", "default")
+        self.assertEqual(len({meeting.arrived() for _ in range(3)}), 3)
+        self.add("d", "true")
+        rows = json.loads(self.cli("worker", "list", "--json")[1])
+        self.assertEqual(sorted(row["job"] for row in rows), ["a", "b", "c"])
+        self.assertEqual(sorted((row["slot"], str(row["queues"])) for row in rows),
+                         [(1, "None"), (1, "['default']"), (2, "['default']")])
+        self.assertEqual(len({row["supervisor"] for row in rows}), 2)
+        for row in rows:
+            self.assertLessEqual({"name", "pid", "started_at", "job_started_at"}, set(row))
+            self.assertTrue(alive(row["pid"]))
+        self.assertRegex(self.ok("worker", "list"), r"(?m)^%s .* a$" % self.job("a").locked_by)
+        stop = self.start("worker", "stop")
+        for process in (first, second):
+            self.until_logged(process, "finishing the current jobs")
+        for _ in rows:
             meeting.let_go()
-        code, _, err = self.cli("worker", "stop")
-        self.assertEqual((code, "3 workers stopped" in err), (0, True), err)
+        self.ended(stop)
+        self.assertEqual(self.log(stop), "queuectl: 3 workers stopped\n")
+        self.assertEqual(self.infos(supervisors=True), [])
+        self.assertEqual(self.ok("worker", "list", "--json"), "[]\n")
         self.ended(first)
         self.ended(second)
-        self.assertEqual(self.infos(supervisors=True), [])
-
-    def test_worker_list_shows_the_living(self):
-        self.assertEqual(self.ok("worker", "list", "--json"), "[]\n")
-        meeting = self.meeting()
-        self.add("a", meeting.here)
-        process = self.workers(2)
-        meeting.arrived()
-        code, out, err = self.cli("worker", "list", "--json")
-        self.assertEqual((code, err), (0, ""))
-        rows = json.loads(out)
-        self.assertEqual(sorted(row["slot"] for row in rows), [1, 2])
-        self.assertEqual(sorted(row["job"] or "" for row in rows), ["", "a"])
-        for row in rows:
-            self.assertLessEqual({"name", "supervisor", "slot", "pid", "queues", "started_at",
-                                  "job", "job_started_at"}, set(row))
-            self.assertTrue(alive(row["pid"]))
-            self.assertIsNone(row["queues"])
-        self.assertRegex(self.ok("worker", "list"), r"(?m)^%s .* a$" % self.job("a").locked_by)
-        meeting.let_go()
-        self.ok("worker", "stop")
-        self.ended(process)
-        self.assertEqual(self.ok("worker", "list", "--json"), "[]\n")
-
-    def test_worker_stop_from_another_process(self):
-        meeting = self.meeting()
-        self.add("a", meeting.here)
-        process = self.workers(2)
-        meeting.arrived()
-        self.add("b", "true")
-        self.until_state("b", "completed")  # by the other one
-        code, out, err = self.cli("worker", "stop", "--timeout", "0.2")
-        self.assertEqual((code, out), (124, ""), err)
-        self.add("c", "true")
-        stop = self.start("worker", "stop")
-        meeting.let_go()
-        self.ended(stop)
-        self.assertEqual(self.infos(supervisors=True), [])
-        self.ended(process)
-        self.assertEqual([self.job(id).state for id in "abc"],
-                         ["completed", "completed", "pending"])
-        self.assertEqual(self.cli("worker", "stop")[0], 0)  # none there: nothing to do
+        self.assertEqual((self.job("c").state, self.job("d").state), ("completed", "pending"))
 
     def test_worker_stop_says_for_whom_it_waits(self):
         meeting, notes = self.meeting(), []
@@ -3839,16 +3460,6 @@ class Workers(Process):
                 queuectl.stop_workers(queue, queuectl.DRAIN, 0.1, None, notes.append)
         self.assertEqual(notes, ["waiting for pid %d, which runs a, their supervisor, pid %d"
                                  % (pid, process.pid)])
-
-    def test_a_killed_worker_is_replaced(self):
-        process = self.workers(2)
-        victim = self.infos()[0]
-        os.kill(victim.pid, signal.SIGKILL)
-        self.until(lambda: {(info.slot, info.name == victim.name) for info in self.infos()}
-                   == {(1, False), (2, False)})
-        self.until_logged(process, "worker %d died (killed by SIGKILL)" % victim.slot)
-        self.add("a", "true")
-        self.until_state("a", "completed")
 
     def test_replacing_pauses_more_and_more_and_hears_a_stop_meanwhile(self):
         self.add("a", "kill -9 $PPID; sleep 1000", max_retries=1000)
@@ -3869,58 +3480,9 @@ class Workers(Process):
         self.ended(process)
         self.assertEqual(self.job("a").state, "pending")
 
-    def test_quiet_workers_and_log_lines(self):
-        self.configure(backoff_base=0)
-        for id in ("a", "b"):
-            self.add(id, "printf 'es\\033cape'; exit 4" if id == "a" else "true", max_retries=2)
-        log = self.drain()
-        for line in (r"queuectl: 1 worker on .*q\.db",
-                     r"worker 1: job a started \(attempt 1 of 2\)",
-                     r"worker 1: job a .*: exit code 4: es.cape", r"worker 1: job b completed in "):
-            self.assertRegex(log, r"(?m)^\d\d:\d\d:\d\d " + line)
-        self.assertNotIn("\x1b", log)
-        self.add("c", "true")
-        self.assertEqual(self.drain("--quiet"), "")
-
-    def test_a_log_file_is_bounded(self):
-        options = queuectl.StartOptions(log=self.path("log"), quiet=False)
-        with mock.patch.object(queuectl, "LOG_LIMIT", 1000):
-            log = queuectl.Log(options, "me")
-            for number in range(100):
-                log.event("line %d" % number)
-        os.close(log._fd)
-        self.assertLess(os.path.getsize(self.path("log")), 1100)
-        self.assertLess(os.path.getsize(self.path("log.1")), 1100)
-        self.assertIn("line 99", read_file(self.path("log")).decode())
-
-    def test_via_runs_every_job_through_a_command(self):
-        self.add("a", "echo it\"s\" $0")
-        self.drain("--via", "echo via; sh -c \"$QUEUECTL_COMMAND\" zero")
-        self.assertEqual(self.output("a"), b"via\nits zero\n")
-
-    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc here")
-    def test_a_job_inherits_no_descriptor_of_the_worker(self):
-        """Not what the worker has inherited itself."""
-        read, write = os.pipe()
-        self.addCleanup(os.close, read)
-        self.addCleanup(os.close, write)
-        self.add("a", "ls -l /proc/self/fd")
-        self.ended(self.start("worker", "start", "--drain", pass_fds=(read, write)))
-        pipe = b"pipe:[%d]" % os.fstat(write).st_ino
-        self.assertIn(b"-> pipe:[", self.output("a"))  # its own, to its worker
-        self.assertNotIn(pipe, self.output("a"))
-
 
 class Stopping(Process):
     """Orders to stop, as signals and as commands."""
-
-    def busy(self, count=1, command=""):
-        """(meeting, process): workers of which one runs job `a`, and waits in its command."""
-        meeting = self.meeting()
-        self.add("a", command + meeting.here)
-        process = self.workers(count)
-        self.pid = meeting.arrived()
-        return meeting, process
 
     def put_back(self, meeting, process):
         """Job `a` must have been ended and put back, its attempt uncounted."""
@@ -3930,6 +3492,8 @@ class Stopping(Process):
         self.assertEqual((job.view, job.attempts, job.last_error), ("pending", 0, None))
         self.assertEqual([run.outcome for run in runs], ["interrupted"])
         self.assertEqual(self.infos(supervisors=True), [])
+        self.assertFalse([name for name in os.listdir(self.db + "-run")
+                          if name.endswith((".lock", ".bell", ".out"))])
 
     def much_later(self, process):
         """Wait until a second signal counts as one."""
@@ -3950,16 +3514,18 @@ class Stopping(Process):
         self.ended(process)
 
     def test_the_first_signal_finishes_the_jobs(self):
+        """Ctrl-C, too, which a terminal sends to the whole foreground group."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             with self.subTest(signum=signum):
                 self.use("%d.db" % signum)
                 meeting = self.meeting(str(int(signum)))
                 self.add("a", meeting.here)
-                process = self.workers()
-                meeting.arrived()
-                self.add("b", "true")
-                process.send_signal(signum)
+                process = self.workers(2)
+                pid = meeting.arrived()
+                (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
                 self.until_logged(process, "finishing the current jobs")
+                self.add("b", "true")
+                self.assertTrue(alive(pid))
                 self.assertEqual(self.job("a").state, "processing")
                 meeting.let_go()
                 self.ended(process)
@@ -3980,27 +3546,21 @@ class Stopping(Process):
                 self.put_back(meeting, process)
 
     def test_one_act_that_arrives_twice_is_one_order(self):
-        meeting, process = self.busy()
+        meeting, process, pid = self.busy()
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGTERM)
         self.much_later(process)
         process.send_signal(signal.SIGHUP)  # however late: terminals close twice
-        self.assertTrue(alive(self.pid))
+        self.assertTrue(alive(pid))
         self.assertEqual([info.job for info in self.infos()], ["a"])
         meeting.let_go()
         self.ended(process)
         self.assertEqual(self.job("a").state, "completed")
         self.assertNotIn("putting them back", self.log(process))
 
-    def test_stop_now(self):
-        meeting, process = self.busy(2)
-        code, _, err = self.cli("worker", "stop", "--now")
-        self.assertEqual(code, 0, err)
-        self.put_back(meeting, process)
-
     def test_a_stop_can_become_urgent(self):
-        meeting, process = self.busy()
+        meeting, process, pid = self.busy(count=2)
         self.assertEqual(self.cli("worker", "stop", "--timeout", "0")[0], 124)
         self.until_logged(process, "finishing the current jobs")
         self.assertEqual(self.cli("worker", "stop", "--now")[0], 0)
@@ -4008,27 +3568,26 @@ class Stopping(Process):
 
     def test_a_job_that_ignores_the_order_is_killed(self):
         self.configure(kill_grace=0.2)
-        meeting, process = self.busy(command="trap '' TERM; ")
+        meeting, process, pid = self.busy("trap '' TERM; %s")
         self.assertEqual(self.cli("worker", "stop", "--now")[0], 0)
         self.assertEqual(self.runs("a")[0].signal, signal.SIGKILL)
         self.put_back(meeting, process)
 
     def test_a_job_may_use_its_grace(self):
         """TERM first: a job that cleans up and exits does so undisturbed."""
-        meeting, process = self.busy(command="trap 'echo clean; exit 0' TERM; ")
+        meeting, process, pid = self.busy("trap 'echo clean; exit 0' TERM; %s")
         self.assertEqual(self.cli("worker", "stop", "--now")[0], 0)
         self.assertEqual(self.output("a"), b"clean\n")
         self.put_back(meeting, process)
 
     def test_a_signal_to_a_worker_drains_it_alone(self):
-        meeting, process = self.busy(2)
+        meeting, process, pid = self.busy(count=2)
         busy, = [info for info in self.infos() if info.job]
         os.kill(busy.pid, signal.SIGTERM)
         os.kill(busy.pid, signal.SIGTERM)
         os.kill(busy.pid, signal.SIGINT)
-        self.assertTrue(alive(self.pid))
-        meeting.let_go()
-        self.until_state("a", "completed")
+        self.assertTrue(alive(pid))
+        self.finish(meeting)
         left = self.until(lambda: len(self.infos()) == 1 and self.infos())
         self.assertNotEqual(left[0].pid, busy.pid)
         self.add("b", "true")
@@ -4036,41 +3595,75 @@ class Stopping(Process):
         self.assertIsNone(process.poll())
 
     def test_workers_outlive_their_supervisor_for_one_job(self):
-        meeting, process = self.busy(2)
+        meeting, process, pid = self.busy(count=2)
         busy, = [info for info in self.infos() if info.job]
         process.kill()
         process.wait()
         self.until(lambda: len(self.infos()) == 1)  # the idle one leaves
         self.add("b", "true")
-        self.assertTrue(alive(self.pid))
+        self.assertTrue(alive(pid))
         meeting.let_go()
         self.until(lambda: not self.infos(supervisors=True))
         self.until(lambda: not alive(busy.pid))
         self.assertEqual([self.job(id).state for id in "ab"], ["completed", "pending"])
 
-    def test_ctrl_c_does_not_reach_the_job(self):
-        """The terminal sends it to the whole foreground group."""
-        meeting, process = self.busy(2)
-        os.killpg(process.pid, signal.SIGINT)
-        self.until_logged(process, "finishing the current jobs")
-        self.assertTrue(alive(self.pid))
-        meeting.let_go()
-        self.ended(process)
-        self.assertEqual(self.job("a").state, "completed")
-
 
 class Hostile(Process):
     """Jobs that try to hang, crash or fool their worker."""
 
-    def one(self, command, outcome, **fields):
-        """Run one job once; it must end like this, and another one must run after it."""
-        self.add("a", command, **dict(dict(max_retries=1), **fields))
+    def test_what_jobs_may_do(self):
+        """One worker runs them all, and each ends in a recorded result."""
+        self.configure(kill_grace=0.1)
+        meeting, hold = self.meeting(), "exec 9>%s; " % self.path("meeting.alive")
+        with open(self.path("file"), "w"):
+            os.mkdir(self.path("gone"))
+        table = [  # command, outcome, exit code, signal, fields, output, words of the error
+            ("exit 3", "failed", 3, None, {}, b"", "exit code 3"),
+            ("kill -9 $$", "failed", None, 9, {}, b"", "SIGKILL"),
+            ("kill -STOP $$; sleep 1000", "timeout", None, 15, {"timeout": 0.2}, b"", "--timeout"),
+            (hold + "trap '' TERM INT HUP; sh -c 'trap \"\" TERM; sleep 1000; :' & sleep 1000; :",
+             "timeout", None, 9, {"timeout": 0.2}, b"", "--timeout"),
+            (hold + "trap '' TERM; while :; do sleep 1000 & done", "timeout", None, 9,
+             {"timeout": 0.2}, b"", "--timeout"),
+            ("printf 'a\\377\\376\\200\\033[31m'; exit 3", "failed", 3, None, {},
+             b"a\xff\xfe\x80\x1b[31m", "exit code 3: a"),
+            ("%s -c 'import os; os.closerange(0, 256); os._exit(5)'" % shlex.quote(sys.executable),
+             "failed", 5, None, {}, b"", "exit code 5"),
+            ("exec >there 2>&1; echo there; [ -s there ]", "completed", 0, None, {}, b"", ""),
+            ("exec /dev/null", "failed", 126, None, {}, None, "126"),
+            ("no-such-command-at-all", "failed", 127, None, {}, None, "--env PATH"),
+            ("true", "failed", None, None, {"cwd": "/no/where"}, b"", "/no/where --cwd"),
+            ("true", "failed", None, None, {"cwd": self.path("file")}, b"", self.path("file")),
+            ("rmdir %s; echo gone" % self.path("gone"), "completed", 0, None,
+             {"cwd": self.path("gone")}, b"gone\n", ""),
+        ] + [("echo a; echo b >/dev/stderr; echo c >/dev/stdout; echo d >&2", "completed", 0, None,
+              {}, b"a\nb\nc\nd\n", "")] * (sys.platform == "linux")
+        process = self.workers()
+        worker = self.infos()[0].name
+        for number, row in enumerate(table):
+            self.add("j%d" % number, row[0], **dict(dict(max_retries=1), **row[4]))
+        for number, (command, outcome, code, signum, _, output, words) in enumerate(table):
+            with self.subTest(command=command):
+                job = self.until_state("j%d" % number, "completed", "dead")
+                run, = self.runs(job.id)
+                self.assertEqual((run.outcome, run.exit_code, run.signal), (outcome, code, signum))
+                self.assertIn(output, (None, self.output(job.id)))
+                for word in words.split():
+                    self.assertIn(word, job.last_error)
+        meeting.gone()
+        self.assertEqual([info.name for info in self.infos()], [worker])
+        self.assertIsNone(process.poll())
+        for words in (("list",), ("show", "j5"), ("dlq", "list"), ("list", "--json")):
+            self.assertNotIn("\x1b", self.ok(*words))
+
+    def test_a_job_that_kills_its_worker_each_time(self):
+        self.add("a", "kill -9 $PPID; sleep 1000", max_retries=3)
         self.add("z", "true")
-        log = self.drain()
-        self.assertEqual(self.job("z").state, "completed", log)
-        run = self.runs("a")[0]
-        self.assertEqual(run.outcome, outcome, log)
-        return run
+        self.drain()
+        job = self.job("a")
+        self.assertEqual((job.state, job.attempts, self.job("z").state), ("dead", 3, "completed"))
+        self.assertEqual([run.outcome for run in self.runs("a")], ["lost"] * 3)
+        self.assertIn("worker died", job.last_error)
 
     def test_a_background_child_that_keeps_the_pipe_open(self):
         meeting = self.meeting()
@@ -4086,133 +3679,43 @@ class Hostile(Process):
         meeting.arrived()  # what it writes is drained, or it would hang
         meeting.gone()
 
-    def test_a_job_that_ignores_every_signal_that_can_be_ignored(self):
-        self.configure(kill_grace=0.2)
-        meeting = self.meeting()
-        run = self.one("trap '' TERM INT HUP; " + self.in_background(meeting) + meeting.here,
-                       "timeout", timeout=0.3)
-        self.assertEqual(run.signal, signal.SIGKILL)
-        meeting.gone()
-
     @linux
     def test_a_job_that_prints_without_end(self):
-        meeting = self.meeting()
-        self.add("a", "head -c 200000000 /dev/zero; %s" % meeting.here)
-        self.workers()
-        meeting.arrived()
+        meeting, _, _ = self.busy("head -c 200000000 /dev/zero; %s")
         worker, run = self.infos()[0].pid, self.runs("a")[0]
         with Queue(self.db) as queue:
             size = os.path.getsize(queue.live_output(run.run))
         self.assertLess(process_status(worker, "VmHWM"), 64 * 1024)
         self.assertLess(size, queuectl.LIVE_RING + 4096)
         self.assertGreater(size, queuectl.LIVE_RING - 4096)  # it has been used
-        meeting.let_go()
-        self.until_state("a", "completed")
+        self.finish(meeting)
         output = self.output("a")
         self.assertLess(len(output), 65536 + 200)
         self.assertIn(b"%d bytes are not kept" % (200000000 - 65536), output)
 
-    def test_output_that_is_no_utf8(self):
-        self.one("printf 'a\\377\\376\\200\\033[31m'; exit 3", "failed")
-        self.assertEqual(self.output("a"), b"a\xff\xfe\x80\x1b[31m")
-        self.assertIn("exit code 3: a", self.job("a").last_error)
-        for words in (("list",), ("show", "a"), ("dlq", "list"), ("list", "--json")):
-            self.assertNotIn("\x1b", self.ok(*words))
-        done = subprocess.run([sys.executable, SCRIPT, "logs", "a"], env=self.env,
-                              stdout=subprocess.PIPE)
-        self.assertEqual(done.stdout, b"a\xff\xfe\x80\x1b[31m")
-
-    def test_jobs_that_close_or_redirect_every_descriptor(self):
-        meeting = self.meeting()
-        self.add("a", "exec <&- >&- 2>&-; %s; exit 4" % meeting.here, max_retries=1)
-        self.workers()
-        pid = meeting.arrived()
+    def test_a_job_that_closes_every_descriptor_goes_on(self):
+        meeting, _, pid = self.busy("exec <&- >&- 2>&-; %s; exit 4", max_retries=1)
         self.assertEqual(self.job("a").state, "processing")
         self.assertTrue(alive(pid))
-        meeting.let_go()
-        self.until_state("a", "dead")
+        self.finish(meeting, "a", "dead")
         self.assertEqual(self.runs("a")[0].exit_code, 4)
-        self.add("b", "%s -c 'import os; os.closerange(0, 256); os._exit(5)'"
-                 % shlex.quote(sys.executable), max_retries=1)
-        self.until_state("b", "dead")
-        self.assertEqual(self.runs("b")[0].exit_code, 5)
-        self.add("c", "exec >%s 2>&1; echo there" % shlex.quote(self.path("there")))
-        self.until_state("c", "completed")
-        self.assertEqual(read_file(self.path("there")), b"there\n")
 
-    @linux
-    def test_jobs_that_open_dev_stderr_and_dev_stdout(self):
-        """Were they files, each opening would cut off what has been written."""
-        self.one("echo a; echo b >/dev/stderr; echo c >/dev/stdout; echo d >&2", "completed")
-        self.assertEqual(self.output("a"), b"a\nb\nc\nd\n")
-
-    def test_a_job_that_stops_itself(self):
-        self.one("kill -STOP $$; sleep 1000", "timeout", timeout=0.3)
-
-    def test_a_job_that_deletes_its_folder(self):
-        os.mkdir(self.path("folder"))
-        self.one("rmdir %s; echo gone" % shlex.quote(self.path("folder")), "completed",
-                 cwd=self.path("folder"))
-        self.assertEqual(self.output("a"), b"gone\n")
-
-    def test_a_folder_that_is_not_there(self):
-        run = self.one("true", "failed", cwd=self.path("nowhere"))
-        self.assertIn(self.path("nowhere"), run.error)
-        self.assertIn("--cwd", run.error)
-        self.assertEqual((run.exit_code, run.signal), (None, None))
-        self.use("b.db")
-        with open(self.path("file"), "w"):
-            pass
-        self.assertIn(self.path("file"), self.one("true", "failed", cwd=self.path("file")).error)
-
-    def test_a_command_that_is_not_there(self):
-        run = self.one("no-such-command-at-all", "failed")
-        self.assertEqual(run.exit_code, 127)
-        for word in ("PATH", "--env PATH"):
-            self.assertIn(word, run.error)
-        self.use("b.db")
-        self.assertEqual(self.one("exec /dev/null", "failed").exit_code, 126)
-
-    def test_a_job_that_forks_until_it_is_told_to_stop(self):
-        meeting = self.meeting()
-        self.configure(kill_grace=0.1)
-        self.one("exec 9>%s; trap '' TERM; while :; do sleep 1000 & done"
-                 % shlex.quote(meeting.paths["alive"]), "timeout", timeout=0.3)
-        meeting.gone()
-
-    @linux
     def test_a_job_that_uses_descriptors_of_its_own(self):
-        meeting = self.meeting()
-        command = "cd %s; exec 3>three 4>four 5>&1 6>&1 7>&1 8>eight; echo x >&3; echo y >&8; %s" \
-            % (shlex.quote(self.dir), meeting.here)
-        self.add("a", command, max_retries=5)
-        process = self.workers()
-        first = meeting.arrived()
-        self.assertEqual(read_file(self.path("three")) + read_file(self.path("eight")), b"x\ny\n")
+        meeting, process, first = self.busy(
+            "exec 3>three 4>four 5>&1 6>&1 7>&1 8>eight; echo x >&3; echo y >&8; %s", max_retries=5)
+        self.assertEqual(read_file("three") + read_file("eight"), b"x\ny\n")
         self.assertIn("100", os.listdir("/proc/%d/fd" % first))  # its lock is where it was
         os.kill(self.infos()[0].pid, signal.SIGKILL)
         second = meeting.arrived()
         self.assertFalse(alive(first))
         self.assertTrue(alive(second))
-        meeting.let_go()
-        self.until_state("a", "completed")
+        self.finish(meeting)
         self.assertIsNone(process.poll())
-
-    def test_a_job_that_kills_its_worker_each_time(self):
-        self.one("kill -9 $PPID; sleep 1000", "lost", max_retries=3)
-        job = self.job("a")
-        self.assertEqual((job.state, job.attempts), ("dead", 3))
-        self.assertEqual([run.outcome for run in self.runs("a")], ["lost"] * 3)
-        self.assertIn("worker died", job.last_error)
-
-    def test_a_job_that_is_killed(self):
-        run = self.one("kill -9 $$", "failed")
-        self.assertEqual((run.exit_code, run.signal), (None, signal.SIGKILL))
-        self.assertIn("SIGKILL", run.error)
 
 
 class Guarantees(Process):
-    """The twelve promises, in their order. Each test fails when its promise is broken."""
+    """The twelve promises, in their order, but for 6 and 7, which are those of Stopping and
+    Hostile. Each test fails when its promise is broken."""
 
     WAL_WRITE = re.compile(r"(?:pwrite64|write|pwritev2?)\(\d+<[^>]*q\.db-wal>")
     WAL_SYNC = re.compile(r"(?:fsync|fdatasync)\(\d+<[^>]*q\.db-wal>\)")
@@ -4258,8 +3761,7 @@ class Guarantees(Process):
                    "the claim is not synced")
         self.assertTrue(alive(pid))
         self.assertTrue(meeting.nobody())
-        meeting.let_go()
-        self.until_state("a", "completed")
+        self.finish(meeting)
         self.until(lambda: re.search(r"ws+\Z", self.marks(trace).replace("o", "")),
                    "the result is not synced")
         self.assertEqual(self.cli("worker", "stop")[0], 0)
@@ -4268,7 +3770,7 @@ class Guarantees(Process):
     def test_01_workers_share_their_syncs(self):
         """One sync is enough for all that was committed before it began."""
         keeper = self.queue()
-        keeper.require_safe()
+        queuectl.require_safe(self.db)
         first, second = (Queue(self.db, durable=False) for _ in range(2))
         self.addCleanup(first.close)
         synced = []
@@ -4309,7 +3811,7 @@ class Guarantees(Process):
             self.assertEqual(synced, ["first", "second", "second"])
 
     def test_01_who_waits_for_the_writer_lock_syncs_meanwhile(self):
-        self.queue().require_safe()
+        queuectl.require_safe(self.db)
         queue = Queue(self.db, durable=False)
         self.addCleanup(queue.close)
         queue.enqueue("true")
@@ -4324,7 +3826,7 @@ class Guarantees(Process):
         self.assertEqual(len(synced), 1)
 
     def test_01_a_full_disk_does_not_keep_from_syncing(self):
-        self.queue().require_safe()
+        queuectl.require_safe(self.db)
         queue = Queue(self.db, durable=False)
         self.addCleanup(queue.close)
         queue.enqueue("true")
@@ -4338,40 +3840,17 @@ class Guarantees(Process):
         self.assertEqual(queue.sync_at, math.inf)
 
     def test_02_one_claim_per_job(self):
-        queue = self.queue()
-        # The fence: a run that has been taken back can change nothing any more.
-        self.add("a", "true", max_retries=9)
-        _, old = queue.turn(None, "old")
-
-        def result(claim, outcome, **fields):
-            return queuectl.Result(**dict(dict(
-                run=claim.run, seq=claim.seq, outcome=outcome, exit_code=None, signal=None,
-                error=None, output=b"", finished_at=time.time(), seconds=0.0), **fields))
-        for outcome in queuectl.OUTCOMES:
-            with self.subTest(outcome=outcome):
-                settled, new = queue.turn(result(old, "lost"), "new")
-                self.assertIsNotNone(settled, "the run that holds the job cannot settle it")
-                self.assertEqual((settled.state, new.id), ("pending", "a"))
-                before = queue.get("a").__dict__, [run.__dict__ for run in queue.runs("a")]
-                late, _ = queue.turn(result(old, outcome, exit_code=0, output=b"late"), None)
-                self.assertIsNone(late)
-                self.assertEqual(before, (queue.get("a").__dict__,
-                                          [run.__dict__ for run in queue.runs("a")]))
-                old = new
-        settled, _ = queue.turn(result(old, "completed"), None)
-        self.assertEqual(settled.state, "completed")
-        self.assertEqual(queue.turn(result(old, "failed"), None), (None, None))
-        self.assertEqual(queue.get("a").state, "completed")
+        """And one settle: ModelTest shows that stale results change nothing."""
         # Every transaction has the writer lock before it reads.
-        seen = []
+        queue, seen = self.queue(), []
         queue._db.set_trace_callback(lambda sql: seen.append(sql.split("--")[0].strip()))
         queue.enqueue("true", id="b")
-        queue.turn(None, "me")
-        queue.cancel(["b"])
+        self.settle(queue, self.claim(queue))
+        queue.retry_all()
         queue._db.set_trace_callback(None)
         begins = [sql for sql in seen if sql.startswith("BEGIN")]
         self.assertEqual(set(begins), {"BEGIN IMMEDIATE"})
-        self.assertEqual(len(begins), 3)
+        self.assertGreaterEqual(len(begins), 3)
         for sql in seen[:seen.index("BEGIN IMMEDIATE")]:
             self.assertRegex(sql, r"\A(SELECT|WITH|PRAGMA)")
         queue.close()
@@ -4385,11 +3864,10 @@ class Guarantees(Process):
             with Queue(self.db, durable=False) as mine:
                 claim = None
                 while True:
-                    settled, claim = mine.turn(claim and result(claim, "completed"), name)
+                    settled, claim = mine.turn(claim and self.result(claim), "w%d" % name)
                     if claim is None:
                         return
-        for pid in [self.fork(claim_all, "w%d" % number) for number in range(4)]:
-            self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        self.race(claim_all, 4)
         with Queue(self.db) as race:
             self.assertEqual(race.counts()["completed"], 300)
         self.assertEqual(set(self.sql("SELECT count(*), max(outcome) FROM runs GROUP BY job")),
@@ -4397,15 +3875,9 @@ class Guarantees(Process):
 
     def test_02_a_refused_settle_is_logged(self):
         """Its job has been settled by somebody else while it ran."""
-        meeting = self.meeting()
-        self.add("a", meeting.here, max_retries=5)
-        process = self.workers()
-        meeting.arrived()
+        meeting, process, _ = self.busy(max_retries=5)
         with Queue(self.db) as queue:
-            job = queue.get("a")
-            queue.turn(queuectl.Result(
-                run=job.run, seq=job.seq, outcome="cancelled", exit_code=None, signal=None,
-                error="taken", output=b"", finished_at=time.time(), seconds=0.0), None)
+            self.settle(queue, queue.get("a"), "cancelled", error="taken")
         meeting.let_go()
         self.until_logged(process, "it was taken back from this worker; the result (completed)")
         self.add("b", "true")
@@ -4415,10 +3887,7 @@ class Guarantees(Process):
 
     @linux
     def test_03_liveness_comes_from_the_operating_system(self):
-        meeting = self.meeting()
-        self.add("a", meeting.here, max_retries=5)
-        process = self.workers()
-        pid = meeting.arrived()
+        meeting, process, pid = self.busy(max_retries=5)
         worker = self.infos()[0]
         # A worker that does not move, as on a laptop that sleeps, and clocks that jump.
         self.freeze(worker.pid)
@@ -4432,8 +3901,7 @@ class Guarantees(Process):
         self.assertEqual((self.job("a").state, alive(pid)), ("processing", True))
         self.assertEqual([info.job for info in self.infos()], ["a"])
         os.kill(worker.pid, signal.SIGCONT)
-        meeting.let_go()
-        self.until_state("a", "completed")
+        self.finish(meeting)
         self.assertEqual(len(self.runs("a")), 1)
         process.send_signal(signal.SIGTERM)
         self.ended(process)
@@ -4465,56 +3933,18 @@ class Guarantees(Process):
             pids = [first, meeting.arrived(), meeting.arrived()]
         self.assertEqual([run.outcome for run in self.runs("a")], ["lost", "lost", None])
 
-    def record(self):
-        """The path of the RunLock of the only worker."""
-        path, = [os.path.join(self.db + "-run", name) for name in os.listdir(self.db + "-run")
-                 if name.rpartition(".")[2].isdigit()]
-        return path
-
-    def widow(self, command):
-        """(process, pid of the job's shell): a job whose worker has been killed, while its
-        supervisor is stopped and cannot see it."""
-        meeting = self.meeting("widow")
-        self.add("a", command % {"here": meeting.here}, max_retries=5)
+    def test_04_nothing_runs_again_while_somebody_unknown_may_run_it(self):
+        meeting = self.meeting()
+        self.add("a", "cd %s; [ $QUEUECTL_ATTEMPT -gt 1 ] || { %s; }; %s" % (
+            shlex.quote(self.dir), self.BARE, meeting.here), max_retries=5)
         process = self.workers()
-        pid = meeting.arrived()
-        self.until(lambda: read_file(self.record()))
+        pid, unknown = meeting.arrived(), self.bare(self.dir)
+        # The worker dies while its supervisor is stopped and cannot see it.
         self.freeze(process.pid)
         self.addCleanup(lambda: process.poll() is None and os.kill(process.pid, signal.SIGCONT))
-        worker = self.infos()[0].pid
-        os.kill(worker, signal.SIGKILL)
-        self.until(lambda: not alive(worker))
-        return meeting, process, pid
-
-    @linux
-    def test_04_a_stranger_with_a_reused_number_is_not_killed(self):
-        meeting, process, pid = self.widow("%(here)s")
-        os.kill(pid, signal.SIGKILL)
-        meeting.gone()
-        words = read_file(self.record()).split()
-        self.assertEqual(int(words[1]), pid)
-        # As if the kernel had given the number to somebody else (within one tick of its
-        # clock it never does).
-        stranger = self.stranger()
-        while self.started(stranger.pid) == words[2]:
-            stranger = self.stranger()
-        words[1] = b"%d" % stranger.pid
-        with open(self.record(), "r+b") as file:
-            file.write(b" ".join(words).ljust(200))
-        os.kill(process.pid, signal.SIGCONT)
-        meeting.arrived()  # the job runs again
-        self.assertIsNone(stranger.poll())
-        meeting.let_go()
-        self.until_state("a", "completed")
-        self.assertIsNone(stranger.poll())
-
-    @linux
-    def test_04_nothing_runs_again_while_somebody_unknown_may_run_it(self):
-        bare = "cd %s; [ $QUEUECTL_ATTEMPT -gt 1 ] || { %s; }; " % (
-            shlex.quote(self.dir), self.BARE.replace("%", "%%"))
-        meeting, process, pid = self.widow(bare + "%(here)s")
-        unknown = self.bare(self.dir)
-        os.kill(pid, signal.SIGKILL)
+        for victim in (self.infos()[0].pid, pid):
+            os.kill(victim, signal.SIGKILL)
+            self.until(lambda: not alive(victim))
         self.until(lambda: not os.path.exists("/proc/%d" % pid), "pid 1 does not reap")
         os.kill(process.pid, signal.SIGCONT)
         sheet = self.until(lambda: "may be running it" in self.ok("show", "a")
@@ -4528,21 +3958,18 @@ class Guarantees(Process):
         self.assertTrue(meeting.nobody())
         os.kill(unknown, signal.SIGKILL)
         meeting.arrived()
-        meeting.let_go()
-        self.until_state("a", "completed")
+        self.finish(meeting)
 
     @linux
     def test_05_rescue_is_quick(self):
         self.configure(backoff_base=1000, kill_grace=1000)
-        meeting = self.meeting()
-        self.add("a", meeting.here, max_retries=5)
-        process = self.workers()
-        pid = meeting.arrived()
+        meeting, process, pid = self.busy(max_retries=5)
         # By its supervisor, at once; a lost run costs an attempt and no backoff.
         os.kill(self.infos()[0].pid, signal.SIGKILL)
         pid = meeting.arrived()
         job = self.job("a")
         self.assertEqual((job.state, job.attempts), ("processing", 2))
+        self.until_logged(process, "worker 1 died (killed by SIGKILL)")
         self.until_logged(process, "job a: its worker %s died; the job is pending"
                           % self.runs("a")[0].worker)
         # By an idle worker of another supervisor.
@@ -4575,10 +4002,11 @@ class Guarantees(Process):
         meeting.gone()
         self.assertTrue(meeting.nobody())
 
-    @linux
     def test_05_rescue_is_quick_however_busy_the_others_are(self):
-        lost, long, idle = self.meeting("lost"), self.meeting("long"), self.meeting("idle")
-        for id, meeting, busy in (("a", lost, False), ("b", idle, True)):
+        """Whether the only one left is idle, or has a long job; the database never stands still."""
+        long = self.meeting("long")
+        for id, busy in (("a", False), ("b", True)):
+            meeting = self.meeting(id)
             self.add(id, meeting.here)
             process = self.workers()
             meeting.arrived()
@@ -4587,26 +4015,22 @@ class Guarantees(Process):
             other = self.workers()
             if busy:
                 long.arrived()
-            pids = [process.pid] + [info.pid for info in self.infos() if info.job == id]
-            for pid in pids:
+            for pid in [process.pid] + [info.pid for info in self.infos() if info.job == id]:
                 os.kill(pid, signal.SIGKILL)
             process.wait()
             with Queue(self.db) as queue:
-                def taken_back():
-                    queue.pause("nobody")  # the database does not stand still
-                    return len(queue.runs(id)) > 1 or queue.get(id).state == "pending"
-                self.until(taken_back)
+                self.until(lambda: queue.pause("nobody") or len(queue.runs(id)) > 1
+                           or queue.get(id).state == "pending")
             self.assertEqual(self.runs(id)[0].outcome, "lost")
             if not busy:
                 meeting.arrived()
-                meeting.let_go()
-                self.until_state(id, "completed")
+                self.finish(meeting, id)
                 other.send_signal(signal.SIGTERM)
                 self.ended(other)
 
     def test_05_wake_ups_go_to_those_who_can_run_the_job(self):
         queue, rung = self.queue(), []
-        queue.require_safe()
+        queuectl.require_safe(self.db)
         for name, queues in (("1", ["a"]), ("2", ["b"]), ("3", None), ("4", ["b", "c"])):
             queue.register(name, "s", 1, 0, queues)
         with mock.patch.object(queue, "ring", lambda name: rung.append(name) or True):
@@ -4623,11 +4047,9 @@ class Guarantees(Process):
                 del rung[:]
                 wake()
                 self.assertEqual(rung, expected)
-            claim = queue.turn(None, "5")[1]
+            claim = self.claim(queue)
             del rung[:]
-            queue.turn(queuectl.Result(
-                run=claim.run, seq=claim.seq, outcome="completed", exit_code=0, signal=None,
-                error=None, output=b"", finished_at=0.0, seconds=0.0), None)
+            self.settle(queue, claim)
             self.assertEqual(rung, ["1"])  # the queue of the job that waited for it
 
     def test_05_wake_ups_are_not_spent_on_the_dead(self):
@@ -4643,45 +4065,6 @@ class Guarantees(Process):
         self.until_state("a", "completed")
         self.assertEqual([run.outcome for run in self.runs("a")], ["lost", "completed"])
 
-    def test_06_stopping_is_graceful(self):
-        """In short; class Stopping has the rest."""
-        meeting = self.meeting()
-        for id in ("a", "b", "c"):
-            self.add(id, meeting.here)
-        process = self.workers(2)
-        meeting.arrived(), meeting.arrived()
-        os.killpg(process.pid, signal.SIGINT)
-        self.until_logged(process, "finishing the current jobs")
-        meeting.let_go()
-        meeting.let_go()
-        self.ended(process)
-        self.assertEqual([self.job(id).state for id in ("a", "b", "c")],
-                         ["completed", "completed", "pending"])
-        self.assertEqual((len(self.runs("c")), self.job("c").attempts), (0, 0))
-        self.assertEqual(self.infos(supervisors=True), [])
-        self.assertFalse([name for name in os.listdir(self.db + "-run")
-                          if name.endswith((".lock", ".bell", ".out"))])
-
-    def test_07_no_job_hangs_crashes_or_fools_its_worker(self):
-        """In short; class Hostile has the rest. One worker takes them all."""
-        self.configure(kill_grace=0.1, backoff_base=0)
-        hostile = [("exit 3", "failed", {}), ("kill -9 $$", "failed", {}),
-                   ("kill -STOP $$", "timeout", {"timeout": 0.1}),
-                   ("trap '' TERM; sleep 1000", "timeout", {"timeout": 0.1}),
-                   ("exec <&- >&- 2>&-; sleep 0.1", "completed", {}),
-                   ("head -c 3000000 /dev/urandom", "completed", {}),
-                   ("no-such-command", "failed", {}), ("true", "failed", {"cwd": "/no/where"})]
-        process = self.workers()
-        worker = self.infos()[0]
-        for number, (command, _, fields) in enumerate(hostile):
-            self.add("j%d" % number, command, **dict(dict(max_retries=1), **fields))
-        for number, (command, outcome, _) in enumerate(hostile):
-            with self.subTest(command=command):
-                self.until_state("j%d" % number, "completed", "dead")
-                self.assertEqual(self.runs("j%d" % number)[0].outcome, outcome)
-        self.assertEqual([info.name for info in self.infos()], [worker.name])
-        self.assertIsNone(process.poll())
-
     def snapshot(self, folder):
         """What stands in a folder, byte for byte (without the side files of a queue)."""
         found = {}
@@ -4693,34 +4076,43 @@ class Guarantees(Process):
                 found[name] = oct(os.lstat(path).st_mode), len(data), hash(data)
         return found
 
-    def make_queue(self, jobs=500):
-        with Queue(self.db) as queue:
-            list(queue.enqueue_many({"command": "true #%d" % number} for number in range(jobs)))
+    BAD = (  # what it is, what is said of it, and how it is made
+        ("text", "not a database", b"to whom it may concern\n" * 1000),
+        ("a note", "not a database", b"milk\n"), ("one byte", "", b"x"),
+        ("folder", "folder", os.mkdir), ("fifo", "not a regular file", os.mkfifo),
+        ("other program's", "another program's", ["CREATE TABLE jobs (id)"]),
+        ("marked by another program", "another program's",
+         ["PRAGMA application_id = 7", "PRAGMA user_version = 1"]),
+        ("other program's WAL", "another program's",
+         ["PRAGMA journal_mode = WAL", "CREATE TABLE t (x)"]),
+        ("live WAL", "another program's", None), ("crashed WAL", "another program's", None),
+        ("newer", "newer queuectl", (1, None, "PRAGMA user_version = 99")),
+        ("truncated", "truncated", (0.5, None)), ("truncated in its first page", "", (1e-9, None)),
+        ("corrupt", "corrupt", (1, 4096)), ("corrupt from its first page on", "", (1, 100)),
+    )
 
-    def make_foreign(self, *statements):
-        db = sqlite3.connect(self.db, isolation_level=None)
-        for statement in statements:
-            db.execute(statement)
-        db.close()
-
-    def bad_file(self, kind):
-        if kind == "text":
+    def bad_file(self, kind, how):
+        """Make a file that is no queue, or one of 500 jobs of which so much is kept and what
+        comes from some byte on is overwritten. A process that has it open."""
+        if callable(how):
+            how(self.db)
+        elif isinstance(how, bytes):
             with open(self.db, "wb") as file:
-                file.write(b"to whom it may concern\n" * 1000)
-        elif kind in ("a note", "one byte"):
-            with open(self.db, "wb") as file:
-                file.write(b"milk\n" if kind == "a note" else b"x")
-        elif kind == "folder":
-            os.mkdir(self.db)
-        elif kind == "fifo":
-            os.mkfifo(self.db)
-        elif kind == "other program's":
-            self.make_foreign("CREATE TABLE jobs (id)", "INSERT INTO jobs VALUES (1)")
-        elif kind == "marked by another program":
-            self.make_foreign("PRAGMA application_id = 7", "PRAGMA user_version = 1")
-        elif kind == "other program's WAL":
-            self.make_foreign("PRAGMA journal_mode = WAL", "CREATE TABLE t (x)")
-        elif kind in ("live WAL", "crashed WAL"):
+                file.write(how)
+        elif isinstance(how, list):
+            self.sql(*how)
+        elif isinstance(how, tuple):
+            with Queue(self.db) as queue:
+                list(queue.enqueue_many({"command": "true #%d" % n} for n in range(500)))
+            (keep, start), statements = how[:2], how[2:]
+            self.sql("SELECT 1", *statements)
+            size = os.path.getsize(self.db)
+            os.truncate(self.db, max(1000, int(size * keep)))
+            with open(self.db, "r+b") as file:
+                if start:
+                    file.seek(start)
+                    file.write(b"\xaa" * (size - start))
+        else:
             peer = self.peer("""if 1:
                 import sqlite3, sys
                 db = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -4739,41 +4131,14 @@ class Guarantees(Process):
                 peer.kill()
                 peer.wait()
             return peer
-        else:
-            self.make_queue()
-            if kind == "newer":
-                self.make_foreign("PRAGMA user_version = 99")
-            size = os.path.getsize(self.db)
-            if kind == "truncated":
-                os.truncate(self.db, size // 2)
-            elif kind == "truncated in its first page":
-                os.truncate(self.db, 1000)
-            elif kind == "corrupt":
-                with open(self.db, "r+b") as file:
-                    file.seek(4096)
-                    file.write(b"\xaa" * (size - 4096))
-            elif kind == "corrupt from its first page on":
-                with open(self.db, "r+b") as file:
-                    file.seek(100)
-                    file.write(b"\xaa" * (size - 100))
         return None
 
-    BAD = {
-        "text": "not a database", "a note": "not a database", "one byte": "", "folder": "folder",
-        "fifo": "not a regular file", "other program's": "another program's",
-        "marked by another program": "another program's",
-        "other program's WAL": "another program's", "live WAL": "another program's",
-        "crashed WAL": "another program's", "newer": "newer queuectl", "truncated": "truncated",
-        "truncated in its first page": "", "corrupt": "corrupt",
-        "corrupt from its first page on": "",
-    }
-
     def test_08_bad_files_are_refused_and_left_as_they_are(self):
-        for kind, says in self.BAD.items():
+        for kind, says, how in self.BAD:
             with self.subTest(kind):
                 os.mkdir(self.path(kind))
                 self.use(kind, "q.db")
-                peer = self.bad_file(kind)
+                peer = self.bad_file(kind, how)
                 before = self.snapshot(self.path(kind))
                 for words in (("enqueue", "true"), ("enqueue", "--file", "-"), ("status",),
                               ("list",), ("cancel", "a"), ("wait",), ("config", "list"),
@@ -4786,8 +4151,10 @@ class Guarantees(Process):
                 if kind == "live WAL":  # its owner goes on as if nothing had been
                     self.tell(peer)
                     self.assertEqual(self.hear(peer), "3")
-        self.use("no such folder", "q.db")
-        self.refused("enqueue", "true", code=1)
+        for place, says in (("no such folder/q.db", "no such folder/q.db"),
+                            ("text/q.db/q.db", "q.db"), ("/dev/null", "regular")):
+            for words in (("enqueue", "true"), ("list",), ("worker", "start", "--drain")):
+                self.refused("--db", place, *words, code=1, says=says)
         self.assertFalse(os.path.exists(self.path("no such folder")))
 
     def as_nobody(self, *words):
@@ -4839,7 +4206,7 @@ class Guarantees(Process):
             with self.subTest(kind):
                 os.mkdir(self.path(kind))
                 self.use(kind, "q.db")
-                self.make_queue(10)
+                self.add("a", "true")
                 if ROOT:
                     os.chown(self.db, 65534, 65534)
                     os.chown(self.path(kind), 65534, 65534)
@@ -4933,22 +4300,16 @@ class Guarantees(Process):
         import resource
         keeper = self.queue()
         keeper.enqueue("true", id="a")
-        room = max(os.path.getsize(self.db), os.path.getsize(self.db + "-wal"))
-        for size, most in (("x" * 100000, room + 20000), ("", os.path.getsize(self.db + "-wal"))):
-            done = subprocess.run(
-                [sys.executable, SCRIPT, "enqueue", "--id", "b", "true #" + size], env=self.env,
+        wal = os.path.getsize(self.db + "-wal")
+        many = b'{"command": "true #%s"}\n' % (b"x" * 1000) * 5000
+        for words, most in ((["true #" + "x" * 100000], max(wal, os.path.getsize(self.db)) + 20000),
+                            (["--id", "b", "true"], wal), (["--file", "-"], 10 ** 6)):
+            done = subprocess.run(  # many jobs fill the log before their commit
+                [sys.executable, SCRIPT, "enqueue"] + words, env=self.env, input=many,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
             self.assertEqual((done.returncode, done.stdout), (1, b""), done.stderr)
             self.assertRegex(done.stderr.decode(), r"\Aqueuectl: [^\n]*(full|disk)[^\n]*\n\Z")
-        # Many jobs fill the log before their commit.
-        done = subprocess.run(
-            [sys.executable, SCRIPT, "enqueue", "--file", "-"], env=self.env,
-            input=b'{"command": "true #%s"}\n' % (b"x" * 1000) * 5000, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6)))
-        self.assertEqual((done.returncode, done.stdout), (1, b""), done.stderr)
-        self.assertRegex(done.stderr.decode(), r"\Aqueuectl: [^\n]*(full|disk)[^\n]*\n\Z")
         self.assertEqual([job.id for job in keeper.jobs()], ["a"])
         self.ok("enqueue", "--id", "b", "true")
         self.assert_sound()
@@ -5026,62 +4387,39 @@ class Guarantees(Process):
             self.assertEqual(self.output("a"), b"x\n%04o\n" % mask)
             process.send_signal(signal.SIGTERM)
             self.ended(process)
-        # The default folder is private.
-        done = subprocess.run([sys.executable, SCRIPT, "enqueue", "true"],
-                              env=dict(self.env, QUEUECTL_DB=""), stdout=subprocess.DEVNULL,
-                              preexec_fn=lambda: umask(0))
-        self.assertEqual(done.returncode, 0)
-        self.assertEqual({path: oct(mode) for path, mode in self.modes().items()
-                          if path.startswith("state")},
-                         {"state": "0o700", "state/queuectl": "0o700",
-                          "state/queuectl/queuectl.db": "0o600"})
 
-    @linux
     def test_09_workers_refuse_what_others_may_have_written(self):
-        def refuses(says):
-            """Nothing of it may run."""
-            code, out, err = self.cli("worker", "start", "--drain")
-            self.assertEqual((code, out), (1, ""), err)
-            self.assertRegex(err, r"\Aqueuectl: [^\n]+\n\Z")
-            self.assertIn(says, err)
-            self.assertEqual(self.job("a").state, "pending")
-            code, out, err = self.cli("worker", "start", "--detach")
-            self.assertEqual((code, out), (1, ""), err)
         os.mkdir(self.path("folder"))
-        self.use("folder", "q.db")
-        side = self.db + "-run"
-        self.add("a", "true")
-        os.chmod(self.db, 0o602)
-        refuses("written by every user")
-        os.chmod(self.db, 0o600)
-        os.chmod(self.path("folder"), 0o777)
-        refuses("folder that every user can write")
-        os.chmod(self.path("folder"), 0o700)
-        shutil.rmtree(side, ignore_errors=True)
         os.mkdir(self.path("planted"))
-        os.symlink(self.path("planted"), side)
-        refuses("-run")
-        os.unlink(side)
-        with open(side, "w"):
-            pass
-        refuses("-run")
-        os.unlink(side)
-        os.mkdir(side)
-        os.chmod(side, 0o777)
-        refuses("-run")
-        os.chmod(side, 0o700)
-        if ROOT:
-            os.chown(side, 65534, 65534)
-            refuses("-run")
-            os.chown(side, 0, 0)
-            os.chown(self.db, 65534, 65534)
-            refuses("another user")
-            os.chown(self.db, 0, 0)
+        self.use("folder", "q.db")
+        folder, side = self.path("folder"), self.db + "-run"
+        self.add("a", "true")
+        shutil.rmtree(side, ignore_errors=True)
+        table = [  # what is done, how it is undone, and what workers say meanwhile
+            ((os.chmod, self.db, 0o602), (os.chmod, self.db, 0o600), "written by every user"),
+            ((os.chmod, folder, 0o777), (os.chmod, folder, 0o700),
+             "folder that every user can write"),
+            ((os.symlink, self.path("planted"), side), (os.unlink, side), "-run"),
+            ((os.mkfifo, side), (os.unlink, side), "-run"),
+            ((os.mkdir, side), (os.chmod, side, 0o700), None),
+            ((os.chmod, side, 0o777), (os.chmod, side, 0o700), "-run"),
+        ] + [((os.chown, path, 65534, 65534), (os.chown, path, 0, 0), says)
+             for path, says in ((side, "-run"), (self.db, "another user")) if ROOT]
+        for (do, *how), (undo, *back), says in table:
+            do(*how)
+            if says:
+                with self.subTest(says):
+                    code, out, err = self.cli("worker", "start", "--drain")
+                    self.assertEqual((code, out), (1, ""), err)
+                    self.assertRegex(err, r"\Aqueuectl: [^\n]*%s[^\n]*\n\Z" % says)
+                    self.assertEqual(self.cli("worker", "start", "--detach")[:2], (1, ""))
+                    self.assertEqual(self.job("a").state, "pending")  # nothing of it may run
+            undo(*back)
         with Queue(self.db) as queue, mock.patch("os.geteuid", lambda: 12345):
             with self.assertRaisesRegex(QueueError, "another user"):
-                queue.require_safe()
+                queuectl.require_safe(self.db)
         self.assertEqual(os.listdir(self.path("planted")), [])
-        os.chmod(self.path("folder"), 0o1777)  # as /tmp
+        os.chmod(folder, 0o1777)  # as /tmp
         self.drain()
         self.assertEqual(self.job("a").state, "completed")
 
@@ -5148,12 +4486,6 @@ class Guarantees(Process):
         stored = os.path.getsize(self.db) + os.path.getsize(self.db + "-wal")
         self.assertGreater(stored, 24e6)  # it was more than the log ever held
 
-    def race(self, function, count):
-        """Run a function in so many forks at once; all must succeed."""
-        pids = [self.fork(function, number) for number in range(count)]
-        codes = [os.waitpid(pid, 0)[1] for pid in pids]
-        self.assertEqual(codes, [0] * count)
-
     def test_11_nobody_starves_and_nobody_sees_a_locked_database(self):
         def enqueue(number):
             with Queue(self.db) as queue:
@@ -5165,20 +4497,23 @@ class Guarantees(Process):
         self.assert_sound()
 
     def test_11_first_uses_may_meet(self):
+        """And an id and a key are given once."""
         def first_use(number):
             with Queue(self.db) as queue:
                 queue.enqueue("true", id="j%d" % number)
+                with contextlib.suppress(QueueError):
+                    queue.enqueue("true", id="same")
+                queue.enqueue("true", unique="key")
+                return 0 if queue.get(queue.enqueue("true", unique="key")).unique else 1
         for number in range(30):
             self.use("%d.db" % number)
             self.race(first_use, 8)
-            self.assertEqual(self.sql("SELECT count(*) FROM jobs"), [(8,)])
+            self.assertEqual(self.sql("SELECT count(*), sum(id = 'same'), sum(unique_key = 'key') "
+                                      "FROM jobs"), [(10, 1, 1)])
 
     def test_11_a_program_that_holds_the_lock_only_delays(self):
         self.configure(backoff_base=0)
-        meeting = self.meeting()
-        self.add("a", meeting.here)
-        process = self.workers()
-        meeting.arrived()
+        meeting, process, _ = self.busy()
         other = sqlite3.connect(self.db, isolation_level=None)
         self.addCleanup(other.close)
         other.execute("BEGIN IMMEDIATE")
@@ -5442,30 +4777,7 @@ class Terminal:
 
 
 class Everyday(Case):
-    """Ways to settle jobs without workers, and to look at what commands show."""
-
-    def settle(self, queue, outcome="completed", output=b"", error=None):
-        """Run the next job in this process: claim it, and settle it with that outcome."""
-        claim = queue.turn(None, "nobody", "nobody.0")[1]
-        if claim is not None:
-            self.finish(queue, claim, outcome, output, error)
-        return claim
-
-    def finish(self, queue, claim, outcome="completed", output=b"", error=None):
-        code = {"completed": 0, "failed": 1}.get(outcome)
-        return queue.turn(queuectl.Result(
-            run=claim.run, seq=claim.seq, outcome=outcome, exit_code=code, signal=None,
-            error=error or (outcome if code != 0 else None), output=output,
-            finished_at=time.time(), seconds=0.5), None)[0]
-
-    def settle_all(self, queue, outcome="completed"):
-        """The ids of all jobs that could run, in the order in which they did."""
-        ids = []
-        while True:
-            claim = self.settle(queue, outcome)
-            if claim is None:
-                return ids
-            ids.append(claim.id)
+    """Ways to look at what commands show, on a terminal and off it."""
 
     def bulk(self, jobs):
         """JSON Lines of jobs, for stdin."""
@@ -5484,9 +4796,8 @@ class Everyday(Case):
         while not data.endswith(text):
             ready, _, _ = select.select([process.stdout], [], [],
                                         max(0, deadline - time.monotonic()))
-            self.assertTrue(ready, "%r did not come, but %r" % (text, data))
-            part = os.read(process.stdout.fileno(), 65536)
-            self.assertTrue(part, "%r did not come, but %r and the end" % (text, data))
+            part = os.read(process.stdout.fileno(), 65536) if ready else b""
+            self.assertTrue(part, "%r did not come, but %r" % (text, data))
             data += part
         return data
 
@@ -5495,9 +4806,13 @@ class Everyday(Case):
         out = process.communicate(timeout=PATIENCE)[0]
         return process.returncode, out, read_file(process.log).decode()
 
-    def states(self):
-        with Queue(self.db) as queue:
-            return {job.id: job.view for job in queue.jobs()}
+    def interrupted(self, screen):
+        """Ctrl-C ends what is on a terminal: 130, and no traceback. All that was shown."""
+        screen.press(b"\x03")
+        code, shown = screen.rest()
+        self.assertEqual(code, 130)
+        self.assertNotIn("Traceback", shown)
+        return shown
 
     def no_workers_left(self):
         """As a cleanup: end the workers that were started in the background."""
@@ -5512,61 +4827,61 @@ class Everyday(Case):
 class Wait(Everyday):
     """wait [ID ...] [--timeout T]"""
 
-    def setUp(self):
-        super().setUp()
-        self.ok("config", "set", "backoff_base", 0)
-
     def various(self):
         """Jobs in every final position, by their names."""
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="good")
-            self.settle_all(queue)
-            queue.enqueue("false", id="bad", max_retries=1)
-            self.settle_all(queue, "failed")
-            queue.enqueue("true", id="stopped")
-            queue.cancel(["stopped"])
-            queue.enqueue("true", id="stuck", after=["bad"])
-            queue.enqueue("true", id="behind", after=["stuck", "good"])
-            queue.enqueue("true", id="orphan", after=["stopped"])
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "good", "command": "true"}
+            > {"id": "bad", "command": "false", "max_retries": 1}
+            > {"id": "stopped", "command": "true", "delay": 99}
+            > {"id": "stuck", "command": "true", "after": "bad"}
+            > {"id": "behind", "command": "true", "after": ["stuck", "good"]}
+            > {"id": "orphan", "command": "true", "after": "stopped"}
+            > END
+            ...
+            $ work
+            good completed
+            bad dead
+            $ queuectl cancel stopped
+            """)
 
     def test_exit_codes(self):
-        """0: all completed. 1: any dead, cancelled, or never able to run."""
+        """0: all completed. 1: any dead, cancelled, or never able to run. 124: --timeout."""
         self.various()
-        for ids, expected in (("good", 0), ("good good", 0), ("bad", 1), ("stopped", 1),
-                              ("stuck", 1), ("behind", 1), ("orphan", 1), ("good bad", 1),
-                              ("behind good", 1), ("", 1)):
+        for ids, left in (("good", ""), ("good good", ""), ("bad bad", "bad is dead"),
+                          ("stopped", "stopped is cancelled"), ("stuck", "stuck is blocked"),
+                          ("behind", "behind is blocked"), ("orphan", "orphan is blocked"),
+                          ("good bad", "bad is dead"), ("behind good", "behind is blocked")):
             with self.subTest(ids):
-                code, out, err = self.main("wait", "--timeout", "20", *ids.split())
-                self.assertEqual((code, out), (expected, ""))
-                self.assertRegex(err, r"\Aqueuectl: [^\n]+ not completed[^\n]*\n\Z" if code
-                                 else r"\A\Z")
-        self.assertIn(": bad is dead, stuck is blocked\n", self.main("wait", "bad", "stuck")[2])
-
-    def test_nothing_to_wait_for(self):
-        """None named, and none that has not ended: done at once, whatever failed before."""
-        self.assertEqual(self.main("wait"), (0, "", ""))
-        with Queue(self.db) as queue:
-            queue.enqueue("false", max_retries=1)
-            self.settle_all(queue, "failed")
-        self.assertEqual(self.main("wait"), (0, "", ""))
-
-    def test_timeout(self):
-        """124 where --timeout ran out, with a line that says so; 0 if all had ended."""
-        self.ok("enqueue", "--id", "a", "true")
-        self.refused("wait", "a", "--timeout", "0", code=124)
-        self.refused("wait", "--timeout", "0.01", code=124)
-        with Queue(self.db) as queue:
-            self.settle_all(queue)
-        self.ok("wait", "a", "--timeout", "0")
-
-    def test_unknown(self):
-        """A job that does not exist is an error, also among others."""
-        self.ok("enqueue", "--id", "a", "true")
-        self.refused("wait", "nobody", code=1, says="nobody")
-        self.refused("wait", "a", "nobody", code=1, says="nobody")
+                self.assertEqual(self.main("wait", "--timeout", "20", *ids.split()), (
+                    (1, "", "queuectl: 1 job has not completed: %s\n" % left) if left
+                    else (0, "", "")))
+        self.play("""
+            $ queuectl wait bad stuck
+            ! queuectl: 2 jobs have not completed: bad is dead, stuck is blocked
+            [1]
+            # None named: all that have not ended now.
+            $ queuectl wait --timeout 20
+            ! queuectl: 3 jobs have not completed
+            [1]
+            $ queuectl cancel stuck behind orphan
+            $ queuectl wait
+            $ queuectl dlq retry bad
+            $ queuectl wait bad --timeout 0
+            ! queuectl: 1 job has not ended in time
+            [124]
+            $ queuectl wait --timeout 0.01
+            ! queuectl: 1 job has not ended in time
+            [124]
+            $ queuectl dlq retry behind
+            $ queuectl wait behind --timeout 0
+            ! queuectl: 1 job has not completed: behind is blocked
+            [1]
+            """)
 
     def test_until_they_end(self):
         """It returns when the jobs that it was asked for end, across a retry."""
+        self.ok("config", "set", "backoff_base", 0)
         meeting = self.meeting()
         self.ok("enqueue", "--id", "a", "--max-retries", 2,
                 meeting.here + "; test $QUEUECTL_ATTEMPT = 2")
@@ -5596,7 +4911,7 @@ class Wait(Everyday):
         self.assertIn("1 done, 0 failed, 0 left", shown)
         self.assertEqual(self.job("later").state, "pending")
 
-    def test_one_is_cancelled_or_blocked_meanwhile(self):
+    def test_one_is_blocked_meanwhile(self):
         """What can never run any more is not waited for."""
         meeting = self.meeting()
         self.ok("enqueue", "--id", "first", "--max-retries", 1, meeting.here + "; exit 1")
@@ -5608,10 +4923,8 @@ class Wait(Everyday):
         self.workers(1)
         meeting.arrived()
         meeting.let_go()
-        self.assertEqual(named.rest()[0], 1)
-        self.assertEqual(all_of_them.rest()[0], 1)
-        self.assertEqual(self.states(), {"first": "dead", "second": "blocked",
-                                         "third": "blocked"})
+        self.assertEqual((named.rest()[0], all_of_them.rest()[0]), (1, 1))
+        self.assertEqual(self.states(), dict(first="dead", second="blocked", third="blocked"))
 
     def test_who_looks_long_rests_long(self):
         """Or a look at a million jobs would follow the other."""
@@ -5648,35 +4961,28 @@ class Wait(Everyday):
         """A job that waits does not wait for itself, named or not."""
         queue = "%s %s" % (shlex.quote(sys.executable), shlex.quote(SCRIPT))
         self.ok("enqueue", "--id", "other", "true")
-        for id, words in (("named", "wait --timeout 1 other named"),
-                          ("only", "wait --timeout 1 only"), ("all", "wait --timeout 1")):
-            self.ok("enqueue", "--id", id, "--max-retries", 1, queue + " " + words)
+        for id, words in (("named", "other named"), ("only", "only"), ("all", "")):
+            self.ok("enqueue", "--id", id, "--max-retries", 1,
+                    "%s wait --timeout 1 %s" % (queue, words))
         self.drain()
-        for id in ("named", "only", "all"):
-            job = self.job(id)
-            self.assertEqual((id, job.state, job.attempts, job.last_error),
-                             (id, "completed", 1, None))
+        self.assertEqual(set(self.states().values()), {"completed"})
 
-    def test_no_progress_where_nobody_looks(self):
+    def test_progress_is_for_who_looks(self):
         """Without a terminal nothing is printed but how it ended; where only stdout is none, the
-        progress is still on stderr."""
+        progress is still on stderr. Ctrl-C ends it."""
         self.various()
-        self.assertEqual(self.cli("wait", "bad", "good"),
-                         (1, "", "queuectl: 1 job has not completed: bad is dead\n"))
+        self.play("""
+            $ queuectl wait bad good 2>&1 | cat
+            queuectl: 1 job has not completed: bad is dead
+            """)
         with open(self.path("out"), "wb") as file:
             code, shown = self.terminal("wait", "bad", "good", stdout=file).rest()
         self.assertEqual((code, read_file(self.path("out"))), (1, b""))
         self.assertIn("1 done, 1 failed, 0 left", shown)
-
-    def test_interrupted(self):
-        """Ctrl-C: 130, and no traceback."""
-        self.ok("enqueue", "true")
-        waiting = self.terminal("wait")
+        self.ok("enqueue", "--id", "a", "true")
+        waiting = self.terminal("wait", "a")
         waiting.until("1 left")
-        waiting.press(b"\x03")
-        code, shown = waiting.rest()
-        self.assertEqual(code, 130)
-        self.assertNotIn("Traceback", shown)
+        self.interrupted(waiting)
 
 
 class Logs(Everyday):
@@ -5690,37 +4996,48 @@ class Logs(Everyday):
 
     def test_finished(self):
         """The last run's output; with --run N that of the job's Nth run, from 1."""
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="other")
-            self.settle(queue)
-            queue.enqueue("true", id="a", max_retries=2)
-            self.refused("logs", "a", code=1, says="not run yet")
-            for text in (b"first\n", b"second\n"):
-                self.settle(queue, "failed", text)
-            queue.retry(["a"])
-            self.settle(queue, "completed", b"third\n")
-        for words, expected in ((("a",), "third\n"), (("-f", "a"), "third\n"),
-                                (("other",), "")):
-            self.assertEqual(self.ok("logs", *words), expected)
-        for number, text in enumerate(("first\n", "second\n", "third\n"), 1):
-            self.assertEqual(self.ok("logs", "a", "--run", number), text)
-            self.assertEqual(self.ok("logs", "--run", number, "-f", "a"), text)
-        self.refused("logs", "a", "--run", 4, code=1, says="3 runs")
-        self.refused("logs", "a", "--run", 0, code=2)
-        self.refused("logs", "nobody", code=1, says="nobody")
-        self.refused("logs", "-f", "nobody", code=1, says="nobody")
+        self.play("""
+            $ queuectl enqueue --id other true
+            other
+            $ work
+            other completed
+            $ queuectl enqueue --id a --max-retries 2 'echo >>n; wc -l <n; [ $(wc -l <n) -gt 2 ]'
+            a
+            $ queuectl logs a
+            ! queuectl: ...not run yet...
+            [1]
+            $ work
+            a pending
+            a dead
+            $ queuectl dlq retry a
+            $ work
+            a completed
+            $ queuectl logs a
+            3
+            $ queuectl logs -f a
+            3
+            $ queuectl logs other
+            $ queuectl logs a --run 1
+            1
+            $ queuectl logs --run 2 -f a
+            2
+            $ queuectl logs --run 3 a
+            3
+            $ queuectl logs a --run 4
+            ! queuectl: ...3 runs...
+            [1]
+            $ queuectl logs a --run 0
+            ! queuectl: ...--run...
+            [2]
+            """)
 
     def test_running(self):
         """What a running job has printed so far."""
-        meeting = self.meeting()
-        self.ok("enqueue", "--id", "a", "echo begin; %s; echo end" % meeting.here)
-        self.workers(1)
-        meeting.arrived()
+        meeting, _, _ = self.busy("echo begin; %s; echo end")
         self.until(lambda: self.ok("logs", "a"))
         self.assertEqual(self.ok("logs", "a"), "begin\n")
         self.assertEqual(self.ok("logs", "a", "--run", 1), "begin\n")
-        meeting.let_go()
-        self.until_state("a", "completed")
+        self.finish(meeting)
         self.assertEqual(self.ok("logs", "a"), "begin\nend\n")
 
     def test_follow(self):
@@ -5753,33 +5070,16 @@ class Logs(Everyday):
         self.ok("cancel", "a")
         self.assertEqual(self.ended(follower), (0, b"", ""))
 
-    def test_interrupted(self):
-        """Ctrl-C ends the follower (130) and leaves the job alone."""
-        meeting = self.meeting()
-        self.ok("enqueue", "--id", "a", "echo here; " + meeting.here)
-        self.workers(1)
-        meeting.arrived()
-        screen = self.terminal("logs", "-f", "a")
+    def test_a_follower_that_ends_leaves_the_job_alone(self):
+        """By Ctrl-C (130), or at the end of its reader (`logs -f | head -n1`), without a word."""
+        meeting, _, _ = self.busy("echo here; %s; echo two")
+        screen, follower = self.terminal("logs", "-f", "a"), self.piped("logs", "-f", "a")
         screen.until("here")
-        screen.press(b"\x03")
-        code, shown = screen.rest()
-        self.assertEqual(code, 130)
-        self.assertNotIn("Traceback", shown)
-        meeting.let_go()
-        self.assertEqual(self.until_state("a", "completed", "dead").state, "completed")
-
-    def test_closed_pipe(self):
-        """`logs -f | head -n1`: the reader's end is its end, without a word."""
-        meeting = self.meeting()
-        self.ok("enqueue", "--id", "a", "echo one; %s; echo two" % meeting.here)
-        self.workers(1)
-        meeting.arrived()
-        follower = self.piped("logs", "-f", "a")
-        self.read_until(follower, b"one\n")
+        self.interrupted(screen)
+        self.read_until(follower, b"here\n")
         follower.stdout.close()
         meeting.let_go()
-        self.assertEqual(follower.wait(PATIENCE), 0)
-        self.assertEqual(read_file(follower.log), b"")
+        self.assertEqual((follower.wait(PATIENCE), read_file(follower.log)), (0, b""))
         self.assertEqual(self.until_state("a", "completed", "dead").state, "completed")
 
     def heard(self, data):
@@ -5801,72 +5101,81 @@ class Logs(Everyday):
         meeting.arrived()
         late = self.piped("logs", "-f", "a")
         seen = os.read(late.stdout.fileno(), 65536)  # the follower has begun
-        meeting.let_go()
-        self.until_state("a", "completed")
-        code, out, err = self.ended(late)
-        self.assertEqual((code, err), (0, ""))
-        data = seen + out
-        self.assertTrue(data.endswith(b"xx\nTHE END\n"), data[-100:])
-        self.assertRegex(data, self.NOTE)
-        self.assertEqual(sum(self.heard(data)), 5000015)
-        code, data, err = self.ended(early)
-        self.assertEqual((code, err), (0, ""))
-        self.assertTrue(data.endswith(b"xx\nTHE END\n"), data[-100:])
-        self.assertEqual(sum(self.heard(data)), 5000009)
+        self.finish(meeting)
+        for follower, seen, total in ((late, seen, 5000015), (early, b"", 5000009)):
+            code, out, err = self.ended(follower)
+            self.assertEqual((code, err), (0, ""))
+            data = seen + out
+            self.assertTrue(data.endswith(b"xx\nTHE END\n"), data[-100:])
+            self.assertEqual(sum(self.heard(data)), total)
+            if follower is late:
+                self.assertRegex(data, self.NOTE)
 
-    def test_output_limit(self):
-        """The first quarter and the rest from the end are kept, and between them a line that
-        says how much is missing; what fits is kept as it is."""
-        self.ok("config", "set", "output_limit", 100)
+    def test_what_is_kept(self):
+        """The first quarter and the rest from the end, and between them a line that says how
+        much is missing; what fits as it is, byte for byte: no UTF-8, NUL and escapes."""
         text = "".join("%04d" % number for number in range(250))
-        self.ok("enqueue", "--id", "long", "printf %s " + text)
-        self.ok("enqueue", "--id", "fits", "printf %s " + text[:100])
-        self.ok("enqueue", "--id", "over", "printf %s " + text[:101])
-        self.drain()
         line = "\n[queuectl: %d bytes are not kept (output_limit)]\n"
-        self.assertEqual(self.ok("logs", "long"), text[:25] + line % 900 + text[-75:])
-        self.assertEqual(self.ok("logs", "fits"), text[:100])
-        self.assertEqual(self.ok("logs", "over"), text[:25] + line % 1 + text[26:101])
-        self.ok("config", "set", "output_limit", 0)
-        self.ok("enqueue", "--id", "none", "echo 12345")
-        self.drain()
-        self.assertEqual(self.ok("logs", "none"), line % 6)
-
-    def test_raw_bytes(self):
-        """Byte for byte what the job printed: no UTF-8, NUL and escapes included."""
-        self.ok("enqueue", "--id", "a", r"printf '\377\000\033[31m\r\nx'")
-        self.drain()
-        self.assertEqual(self.ended(self.piped("logs", "a")),
-                         (0, b"\xff\x00\x1b[31m\r\nx", ""))
+        for limit, id, printed, kept in (
+                (100, "long", text, text[:25] + line % 900 + text[-75:]),
+                (100, "fits", text[:100], text[:100]),
+                (100, "over", text[:101], text[:25] + line % 1 + text[26:101]),
+                (0, "none", "12345", line % 5),
+                (100, "raw", r"\377\000\033[31m\r\nx", "\udcff\0\x1b[31m\r\nx")):
+            self.ok("config", "set", "output_limit", limit)
+            self.ok("enqueue", "--id", id, "printf '%s'" % printed)
+            self.drain()
+            self.assertEqual(self.ended(self.piped("logs", id)),
+                             (0, kept.encode("utf-8", "surrogateescape"), ""))
 
 
 class Cancel(Everyday):
-    """cancel ID ..."""
+    """cancel ID ..., and dlq retry, which takes back what was cancelled"""
 
     def test_waiting(self):
-        """A pending job, for later, blocked or waiting for its retry, will not run."""
-        with Queue(self.db) as queue:
-            queue.enqueue("false", id="failed")
-            self.settle(queue, "failed")
-            queue.enqueue("true", id="ready")
-            queue.enqueue("true", id="scheduled", delay=3600)
-            queue.enqueue("true", id="blocked", after=["scheduled"])
-        self.assertEqual(sorted(self.states().values()), ["blocked", "failed", "pending",
-                                                          "scheduled"])
-        self.assertEqual(self.main("cancel", "ready", "scheduled", "blocked", "failed"),
-                         (0, "", ""))
-        self.assertEqual(set(self.states().values()), {"cancelled"})
-        with Queue(self.db) as queue:
-            self.assertEqual(self.settle_all(queue), [])
+        """A pending job, for later, blocked or waiting for its retry, will not run. With unknown
+        or ended jobs nothing is touched. dlq retry takes a cancelled one, --all dead ones only."""
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "done", "command": "true"}
+            > {"id": "dead", "command": "false", "max_retries": 1}
+            > {"id": "failed", "command": "false"}
+            > {"id": "off", "command": "true", "delay": "1h"}
+            > {"id": "behind", "command": "true", "after": ["off"]}
+            > {"id": "ready", "command": "true", "priority": -1}
+            > END
+            ...
+            $ work 3
+            done completed
+            dead dead
+            failed failed
+            $ queuectl cancel ready nobody
+            ! queuectl: there is no job nobody...
+            [1]
+            $ queuectl cancel ready done
+            ! queuectl: job done ...ended already...
+            [1]
+            $ states
+            completed: done; dead: dead; failed: failed; scheduled: off; ...; pending: ready
+            $ queuectl cancel ready off behind failed
+            $ states
+            completed: done; dead: dead; cancelled: failed off behind ready
+            $ queuectl dlq retry --all
+            ! queuectl: 1 job pending again
+            $ queuectl dlq retry failed done
+            ! queuectl: job done is completed...
+            [1]
+            $ queuectl dlq retry failed ready
+            $ work
+            dead dead
+            failed failed
+            ready completed
+            """)
 
     def test_running(self):
         """A running job is ended, and its record says so."""
-        meeting = self.meeting()
-        self.ok("enqueue", "--id", "a", "echo begun; " + meeting.here)
-        self.workers(1)
-        meeting.arrived()
-        code, out, err = self.main("cancel", "a")
-        self.assertEqual((code, out), (0, ""))
+        meeting, _, _ = self.busy("echo begun; %s")
+        self.assertEqual(self.main("cancel", "a")[:2], (0, ""))
         meeting.gone()
         job = self.until_state("a", "cancelled")
         self.assertIn("cancelled", job.last_error)
@@ -5875,40 +5184,9 @@ class Cancel(Everyday):
         self.assertEqual((run.outcome, run.signal), ("cancelled", signal.SIGTERM))
         self.assertEqual(self.output("a"), b"begun\n")
 
-    def test_whole_tree(self):
-        """Who ignores SIGTERM, children included, gets SIGKILL after kill_grace."""
-        self.ok("config", "set", "kill_grace", "0.1")
-        meeting = self.meeting()
-        self.ok("enqueue", "--id", "a",
-                "trap '' TERM; exec 9>%s; sh -c 'trap \"\" TERM; sleep 1000; :' & %s; wait"
-                % (shlex.quote(meeting.paths["alive"]), meeting.here))
-        self.workers(1)
-        meeting.arrived()
-        self.ok("cancel", "a")
-        meeting.gone()
-        self.until_state("a", "cancelled")
-        self.assertEqual(self.runs("a")[0].signal, signal.SIGKILL)
-
-    def test_polite_leader_stubborn_child(self):
-        """The leader's end is not the job's: a child that ignores SIGTERM is ended, too."""
-        self.ok("config", "set", "kill_grace", "0.1")
-        meeting = self.meeting()
-        child = shlex.quote("trap '' TERM; %s; sleep 1000; :" % meeting.here)
-        self.ok("enqueue", "--id", "a", "exec 9>%s; sh -c %s & wait" % (
-            shlex.quote(meeting.paths["alive"]), child))
-        self.workers(1)
-        meeting.arrived()
-        meeting.let_go()
-        self.ok("cancel", "a")
-        meeting.gone()
-        self.until_state("a", "cancelled")
-
     def test_by_a_dead_worker(self):
         """A job whose worker and supervisor are dead is ended by whoever cancels it."""
-        meeting = self.meeting()
-        self.ok("enqueue", "--id", "a", meeting.here)
-        supervisor = self.workers(1)
-        meeting.arrived()
+        meeting, supervisor, _ = self.busy()
         with Queue(self.db) as queue:
             worker, = queue.workers()
         supervisor.send_signal(signal.SIGSTOP)
@@ -5920,10 +5198,8 @@ class Cancel(Everyday):
         err = self.main("cancel", "a")
         meeting.gone()
         self.assertEqual(self.job("a").state, "cancelled", (err, self.runs("a")))
-        run, = self.runs("a")
-        self.assertEqual(run.outcome, "lost")
         self.drain()
-        self.assertEqual((self.job("a").state, len(self.runs("a"))), ("cancelled", 1))
+        self.assertEqual([run.outcome for run in self.runs("a")], ["lost"])
 
     def test_race_in_the_database(self):
         """Cancel and settle at once: one wins, and both parties learn who."""
@@ -5931,7 +5207,7 @@ class Cancel(Everyday):
             for number in range(150):
                 id = "job%d" % number
                 queue.enqueue("true", id=id)
-                claim = queue.turn(None, "nobody", "nobody.0")[1]
+                claim = self.claim(queue)
                 start = threading.Barrier(2)
                 errors = []
 
@@ -5945,7 +5221,7 @@ class Cancel(Everyday):
                 thread = threading.Thread(target=cancel)
                 thread.start()
                 start.wait()
-                settled = self.finish(queue, claim, ("completed", "failed")[number % 2])
+                settled = self.settle(queue, claim, ("completed", "failed")[number % 2])
                 thread.join()
                 job = queue.get(id)
                 self.assertEqual((job.cancel, job.locked_by), (0, None), "a request is left")
@@ -5978,150 +5254,112 @@ class Cancel(Everyday):
             thread.join()
             meeting.gone()
             job = self.until_state(id, "completed", "cancelled", "dead")
-            run, = self.runs(id)
             with contextlib.suppress(BlockingIOError):  # the word that nobody took
                 os.read(meeting.go, 100)
-            self.assertEqual(run.outcome, job.state)
+            self.assertEqual([run.outcome for run in self.runs(id)], [job.state])
             self.assertIn(job.state, ("completed", "cancelled"))
             if job.state == "completed":  # (a cancelled one may have been at its exit 0)
                 self.assertEqual(job.exit_code, 0)
 
-    def test_retry(self):
-        """dlq retry takes a cancelled job, with attempts at 0; --all takes dead ones only."""
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="a")
-            queue.enqueue("false", id="b", max_retries=1)
-            queue.cancel(["a"])
-            self.settle_all(queue, "failed")
-            self.ok("dlq", "retry", "--all")
-            self.assertEqual(self.states(), {"a": "cancelled", "b": "pending"})
-            self.ok("dlq", "retry", "a")
-            self.assertEqual(self.settle_all(queue), ["a", "b"])
-        self.assertEqual(self.job("a").attempts, 1)
-
-    def test_refused(self):
-        """Unknown and ended jobs are errors, and then nothing is touched."""
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="done")
-            self.settle_all(queue)
-            queue.enqueue("true", id="dead", max_retries=1)
-            self.settle_all(queue, "failed")
-            queue.enqueue("true", id="waiting")
-        before = self.ok("list", "--json")
-        for ids in (("nobody",), ("done",), ("dead",), ("waiting", "nobody"),
-                    ("waiting", "done"), ("dead", "waiting")):
-            self.refused("cancel", *ids, code=1,
-                         says=[id for id in ids if id != "waiting"][0])
-        self.refused("cancel", code=2)
-        self.assertEqual(self.ok("list", "--json"), before)
-
 
 class Unique(Everyday):
-    """enqueue --unique KEY"""
+    """enqueue --unique KEY. (When a key is free again, ModelTest knows.)"""
 
-    def test_second_one(self):
+    def test_one_job_a_key(self):
         """While a job with the key has not ended, another prints its id and a note, and stores
-        nothing: pending, waiting for a retry, and processing. It may use the same id."""
-        self.ok("enqueue", "--id", "a", "--unique", "k", "true")
-        queue = self.queue()
-
-        def again():
-            code, out, err = self.main("enqueue", "--unique", "k", "something else")
-            self.assertEqual((code, out), (0, "a\n"))
-            self.assertRegex(err, r"\Aqueuectl: a [^\n]*\bk\b[^\n]*\n\Z")
-            self.assertEqual(list(self.states()), ["a"])
-        again()
-        claim = queue.turn(None, "nobody", "nobody.0")[1]
-        self.assertEqual(self.ok("enqueue", "--unique", "k", "x"), "a\n")
-        self.finish(queue, claim, "failed")
-        self.assertEqual(self.job("a").view, "failed")
-        again()
-        self.assertEqual(self.job("a").command, "true")
-        self.assertEqual(self.job("a").unique, "k")
-
-    def test_free_again(self):
-        """The key is free once its job has completed, died or been cancelled."""
-        with Queue(self.db) as queue:
-            for number, end in enumerate((
-                    lambda: self.settle(queue), lambda: queue.cancel(["job1"]),
-                    lambda: self.settle(queue, "failed"), lambda: None)):
-                self.assertEqual(self.ok("enqueue", "--id", "job%d" % number, "--unique", "k",
-                                         "--max-retries", 1, "true"), "job%d\n" % number)
-                end()
-        self.assertEqual(self.states(), {"job0": "completed", "job1": "cancelled",
-                                         "job2": "dead", "job3": "pending"})
-
-    def test_in_bulk(self):
-        """In a file, too: repeated keys store one job, and each line gets its id."""
-        self.ok("enqueue", "--id", "a", "--unique", "k1", "true")
-        out = self.ok("enqueue", "--file", "-", stdin=self.bulk([
-            {"command": "1", "unique": "k1"}, {"command": "2", "id": "b", "unique": "k2"},
-            {"command": "3", "unique": "k2"}, {"command": "4", "id": "c"},
-            {"command": "5", "id": "d", "unique": "k2"}]))
-        self.assertEqual(out.split(), ["a", "b", "b", "c", "b"])
-        self.assertEqual(list(self.states()), ["a", "b", "c"])
-
-    def test_many_enqueuers(self):
-        """Processes that enqueue one key at once all get one id."""
-        keys = 40
-        program = ("import os, sys; sys.path.insert(0, %r); import queuectl\n"
-                   "with queuectl.Queue(%r) as queue:\n"
-                   "    print('ready', flush=True)\n"
-                   "    sys.stdin.readline()\n"
-                   "    for key in range(%d):\n"
-                   "        print(queue.enqueue('true', unique='k%%d' %% key))\n"
-                   % (HERE, self.db, keys))
-        crowd = [subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self.env)
-                 for _ in range(8)]
-        for process in crowd:
-            process.log = os.devnull
-            self.processes.append(process)
-        for process in crowd:
-            self.assertEqual(process.stdout.readline(), b"ready\n")
-        for process in crowd:
-            process.stdin.write(b"go\n")
-            process.stdin.flush()
-        printed = {process.communicate(timeout=PATIENCE)[0] for process in crowd}
-        self.assertEqual([process.returncode for process in crowd], [0] * 8, printed)
-        self.assertEqual(len(printed), 1)
-        self.assertEqual(list(self.states()), printed.pop().decode().split())
-        self.assertEqual(len(self.states()), keys)
+        nothing; in a file repeated keys store one job, and each line gets its id."""
+        self.play("""
+            $ queuectl enqueue --id a --unique k --max-retries 2 false
+            a
+            $ queuectl enqueue --unique k 'something else'
+            a
+            ! queuectl: a has the key k and has not ended; nothing stored
+            $ pick command,unique queuectl list --json
+            false k
+            $ queuectl enqueue --file - <<END
+            > {"command": "1", "unique": "k"}
+            > {"id": "b", "command": "2", "unique": "k2"}
+            > {"command": "3", "unique": "k2"}
+            > {"id": "c", "command": "4"}
+            > {"id": "b", "command": "5", "unique": "k2"}
+            > END
+            a
+            b
+            b
+            c
+            b
+            ! queuectl: a has the key k ...
+            ! queuectl: b has the key k2 ...
+            ! queuectl: b has the key k2 ...
+            $ states
+            pending: a b c
+            """)
 
     def test_retry_conflict(self):
         """A dead job cannot come back while another one has its key."""
-        with Queue(self.db) as queue:
-            queue.enqueue("false", id="a", unique="k", max_retries=1)
-            queue.enqueue("false", id="b", max_retries=1)
-            self.settle_all(queue, "failed")
-            queue.enqueue("true", id="c", unique="k")
-            self.refused("dlq", "retry", "b", "a", code=1, says="k")
-            self.assertEqual(self.states(), {"a": "dead", "b": "dead", "c": "pending"})
-            code, out, err = self.main("dlq", "retry", "--all")  # those that can
-            self.assertEqual((code, out), (0, ""))
-            self.assertRegex(err, r"(?m)^queuectl: .*\ba\b.*\bk\b")
-            self.assertEqual(self.states(), {"a": "dead", "b": "pending", "c": "pending"})
-            self.settle_all(queue)
-            self.ok("dlq", "retry", "a")
-            self.assertEqual(self.settle_all(queue), ["a"])
+        self.add("a", "false", max_retries=1, unique="k")
+        self.add("b", "false", max_retries=1)
+        self.run_all(self.queue(), "failed")
+        self.add("c", "true", unique="k")
+        self.play("""
+            $ queuectl dlq retry b a
+            ! queuectl: ...k...
+            [1]
+            $ states
+            dead: a b; pending: c
+            $ queuectl dlq retry --all
+            ! queuectl: job a cannot be retried while c has its key k
+            ! queuectl: 1 job pending again
+            """)
 
 
 class After(Everyday):
-    """enqueue --after ID: a job runs once those that it names have completed."""
+    """enqueue --after ID: a job runs once those that it names have completed. (Whatever else may
+    happen to them, ModelTest knows.)"""
 
-    def test_fan_in_and_out(self):
-        """Each runs when all that it waits for have completed, and not before."""
-        for id, after in (("root", ()), ("left", ("root",)), ("right", ("root",)),
-                          ("end", ("left", "right", "left"))):
-            self.ok("enqueue", "--id", id, *[word for name in after
-                                             for word in ("--after", name)] + ["true"])
-        self.assertEqual(self.job("end").after, ["left", "right"])
-        with Queue(self.db) as queue:
-            for expected in ("root", "left", "right", "end"):
-                waiting = [id for id, view in self.states().items() if view == "blocked"]
-                self.assertEqual(self.settle(queue).id, expected)
-                self.assertNotIn(expected, waiting)
-            self.assertIsNone(self.settle(queue))
+    def test_a_job_and_what_it_waits_for(self):
+        """In a file a job may name one that stands further down. A dead job blocks those behind
+        it; list and show name it, and dlq retry heals the chain."""
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "end", "command": "true", "after": ["left", "right", "left"]}
+            > {"id": "left", "command": "true", "after": ["root"]}
+            > {"id": "right", "command": "true", "after": "root"}
+            > {"id": "later", "command": "true", "after": "root", "delay": "1h"}
+            > {"id": "root", "command": "test -e fixed", "max_retries": 1}
+            > END
+            ...
+            $ pick after queuectl show end --json
+            ["left", "right"]
+            $ queuectl show left
+            ...
+            state     blocked by root (pending)
+            ...
+            $ work
+            root dead
+            $ queuectl show left
+            ...
+            state     blocked by root (dead)
+            ...
+            $ queuectl list --state blocked
+            ID     STATE    ...
+            end    blocked  ... by left (pending) ...
+            left   blocked  ... by root (dead) ...
+            right  blocked  ... by root (dead) ...
+            later  blocked  ... by root (dead) ...
+            $ touch fixed
+            $ queuectl dlq retry root
+            $ work
+            root completed
+            left completed
+            right completed
+            end completed
+            # What has completed already is not waited for.
+            $ queuectl enqueue --id new --after root --after end true
+            new
+            $ states
+            completed: end left right root; scheduled: later; pending: new
+            """)
 
     def test_with_workers(self):
         """Several workers keep the order, and an end wakes who can run now."""
@@ -6134,180 +5372,115 @@ class After(Everyday):
         self.assertEqual(self.main("wait", "--timeout", "50"), (0, "", ""))
         self.assertEqual(read_file(self.path("order")).decode().split(), ids)
 
-    def test_after_completed(self):
-        """What has completed already is not waited for; run_at still counts."""
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="a")
-            self.settle_all(queue)
-            queue.enqueue("true", id="b", after=["a"])
-            queue.enqueue("true", id="c", after=["a"], delay=3600)
-            self.assertEqual(self.states(), {"a": "completed", "b": "pending",
-                                             "c": "scheduled"})
-            queue.enqueue("true", id="d", after=["b"], delay=3600)
-            self.settle_all(queue)
-            self.assertEqual(self.states()["d"], "scheduled")
-
-    def test_blocked(self):
-        """A dead or cancelled job blocks those behind it; list and show name it, and
-        dlq retry heals the chain."""
-        with Queue(self.db) as queue:
-            for end in ("dead", "cancelled"):
-                first, second, third = (end + "-" + name for name in ("one", "two", "three"))
-                queue.enqueue("true", id=first, max_retries=1)
-                queue.enqueue("true", id=second, after=[first])
-                queue.enqueue("true", id=third, after=[second])
-                self.assertIn(first + " (pending)", self.ok("show", second))
-                if end == "dead":
-                    self.settle_all(queue, "failed")
-                else:
-                    queue.cancel([first])
-                self.assertIsNone(self.settle(queue))
-                blocker = "%s (%s)" % (first, end)
-                self.assertIn("blocked by " + blocker, self.ok("show", second))
-                line, = [line for line in self.ok("list", "--state", "blocked").splitlines()
-                         if line.startswith(second)]
-                self.assertIn(blocker, line)
-                self.ok("dlq", "retry", first)
-                self.assertEqual(self.settle_all(queue), [first, second, third])
-
-    def test_blocker_is_purged(self):
-        """A purge keeps what a cancelled job waits for: when that is retried, it must not wait
-        for a job that nobody can name."""
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="a", max_retries=1)
-            queue.enqueue("true", id="b", after=["a"])
-            self.settle_all(queue, "failed")
-            queue.cancel(["b"])
-            self.ok("dlq", "purge")
-            self.ok("dlq", "retry", "b")
-            self.assertIn("blocked by a (dead)", self.ok("show", "b"))
-            self.assertEqual(self.main("wait", "b")[0], 1)
-            self.ok("dlq", "retry", "a")
-            self.assertEqual(self.settle_all(queue), ["a", "b"])
-
-    def test_cancelled_then_healed(self):
-        """A cancelled job whose blockers have completed meanwhile can run when retried."""
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="a")
-            queue.enqueue("true", id="b", after=["a"])
-            queue.cancel(["b"])
-            self.assertEqual(self.settle_all(queue), ["a"])
-            self.assertEqual(self.job("b").state, "cancelled")
-            queue.retry(["b"])
-            self.assertEqual(self.settle_all(queue), ["b"])
-
     def test_refused(self):
         """Unknown ids, a job behind itself, and circles: nothing is stored. In a file the
         error names the line, or the job."""
         self.ok("enqueue", "--id", "old", "true")
-        self.refused("enqueue", "--after", "nobody", "true", code=1, says="nobody")
         self.refused("enqueue", "--id", "me", "--after", "me", "true", code=1, says="me")
         for jobs, says in (
-                ([{"id": "x"}, {"id": "y", "after": "nobody"}], "nobody"),
+                ([{"id": "x"}, {"id": "y", "after": "nobody"}],
+                 "line 2: after: there is no job nobody"),
                 ([{"id": "x", "after": ["x"]}], "x"),
                 ([{"id": "x", "after": ["y"]}, {"id": "y", "after": ["x"]}], "x y"),
                 ([{"id": "x", "after": ["old", "z"]}, {"id": "y", "after": ["x"]},
                   {"id": "z", "after": ["y"]}, {"id": "free"}], "x y z")):
             jobs = [dict(job, command="true") for job in jobs]
             self.refused("enqueue", "--file", "-", stdin=self.bulk(jobs), code=1, says=says)
-        self.refused("enqueue", "--file", "-", code=1, says="line 2", stdin=self.bulk(
-            [{"command": "true"}, {"command": "true", "after": "nobody"}]))
         self.assertEqual(list(self.states()), ["old"])
 
-    def test_forward_references(self):
-        """In one file, a job may name one that stands further down."""
-        self.ok("enqueue", "--file", "-", stdin=self.bulk([
-            {"id": "c", "command": "true", "after": ["b", "a"]},
-            {"id": "b", "command": "true", "after": ["a"]}, {"id": "a", "command": "true"}]))
-        with Queue(self.db) as queue:
-            self.assertEqual(self.settle_all(queue), ["a", "b", "c"])
-
-    def test_long_chain(self):
-        """Thousands in a row run in their order; a wait for the last one sees at once that
-        the first is dead."""
+    def test_thousands(self):
+        """In a row they run in their order, and a wait for the last one sees at once that the
+        first is dead; one releases thousands, which release one. A ladder is no circle."""
         ids = ["job%d" % number for number in range(MANY)]
         with Queue(self.db, durable=False) as queue:
             self.ok("enqueue", "--file", "-", stdin=self.bulk(
                 [{"id": id, "command": "true", "max_retries": 1, "after": ids[number - 1:number]}
                  for number, id in enumerate(ids)]))
-            self.settle(queue, "failed")
+            self.run_next(queue, "failed")
             self.assertEqual(self.main("wait", ids[-1])[:2], (1, ""))
             self.assertEqual(self.main("wait")[:2], (1, ""))
             queue.retry(ids[:1])
-            self.assertEqual(self.settle_all(queue), ids)
-
-    def test_wide_fan(self):
-        """One releases thousands, and thousands release one."""
-        ids = ["job%d" % number for number in range(MANY)]
-        with Queue(self.db, durable=False) as queue:
+            self.assertEqual(self.run_all(queue), ids)
+            fan = ["fan%d" % number for number in range(MANY)]
             self.ok("enqueue", "--file", "-", stdin=self.bulk(
                 [{"id": "root", "command": "true"}]
-                + [{"id": id, "command": "true", "after": ["root"]} for id in ids]
-                + [{"id": "end", "command": "true", "after": ids}]))
-            self.assertEqual(self.settle_all(queue), ["root"] + ids + ["end"])
+                + [{"id": id, "command": "true", "after": ["root"]} for id in fan]
+                + [{"id": "end", "command": "true", "after": fan}]))
+            self.assertEqual(self.run_all(queue), ["root"] + fan + ["end"])
+            rungs = ["rung%d" % number for number in range(50)]
+            list(queue.enqueue_many(
+                {"id": id, "command": "true", "after": rungs[number + 1:number + 3]}
+                for number, id in enumerate(rungs)))
+            self.assertEqual(self.run_all(queue), rungs[::-1])
 
 
 class Queues(Everyday):
     """--queue, pause and resume"""
 
     def test_served(self):
-        """Workers of some queues run jobs of these only, the more important ones first."""
-        log = shlex.quote(self.path("order"))
-        for id, queue, priority in (("a1", "a", 0), ("b1", "b", 5), ("c1", "c", 9),
-                                    ("a2", "a", 7), ("d1", "default", 8)):
-            self.ok("enqueue", "--id", id, "--queue", queue, "--priority", priority,
-                    "echo %s $QUEUECTL_QUEUE >>%s" % (id, log))
-        self.drain("--queue", "a", "--queue", "b", "--queue", "a")
-        self.assertEqual(read_file(self.path("order")), b"a2 a\nb1 b\na1 a\n")
-        self.drain()
-        self.assertEqual(read_file(self.path("order"))[15:], b"c1 c\nd1 default\n")
-
-    def test_list_of_a_queue(self):
-        """list --queue shows that queue; one that nobody uses is empty, and no error."""
-        for id, queue in (("a", "one"), ("b", "two"), ("c", "one")):
-            self.ok("enqueue", "--id", id, "--queue", queue, "true")
-        for queue, expected in (("one", ["a", "c"]), ("two", ["b"]), ("none", [])):
-            jobs = json.loads(self.ok("list", "--queue", queue, "--json"))
-            self.assertEqual([job["id"] for job in jobs], expected)
+        """Workers of some queues run jobs of these only, the more important ones first, and
+        among those the older ones. No drain waits for paused, later and blocked jobs."""
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "a1", "command": "echo a1 $QUEUECTL_QUEUE >>ran", "queue": "a"}
+            > {"id": "b1", "command": "echo b1 $QUEUECTL_QUEUE >>ran", "queue": "b", "priority": 5}
+            > {"id": "c1", "command": "echo c1 $QUEUECTL_QUEUE >>ran", "queue": "c", "priority": 9}
+            > {"id": "a2", "command": "echo a2 $QUEUECTL_QUEUE >>ran", "queue": "a", "priority": 7}
+            > {"id": "d1", "command": "echo d1 $QUEUECTL_QUEUE >>ran", "priority": -1}
+            > {"id": "a3", "command": "echo a3 $QUEUECTL_QUEUE >>ran", "queue": "a"}
+            > {"id": "e1", "command": "echo e1 $QUEUECTL_QUEUE >>ran", "queue": "e", "priority": 9}
+            > {"id": "later", "command": "true", "delay": "1h"}
+            > {"id": "behind", "command": "true", "after": "later"}
+            > END
+            ...
+            $ queuectl pause e
+            $ queuectl worker start --drain --quiet --queue a --queue b --queue a
+            $ cat ran
+            a2 a
+            b1 b
+            a1 a
+            a3 a
+            $ rm ran
+            $ queuectl worker start --drain --quiet --queue c --queue default --queue e
+            $ cat ran
+            c1 c
+            d1 default
+            # Nothing runs, and to resume one queue is not enough then.
+            $ queuectl pause
+            $ queuectl pause e
+            $ queuectl worker start --drain --quiet
+            $ queuectl resume e
+            ! queuectl: all queues are still paused; to go on: resume
+            $ queuectl worker start --drain --quiet
+            $ pick paused queuectl status --json
+            ["*"]
+            $ queuectl pause e
+            $ queuectl resume
+            $ pick paused queuectl status --json
+            []
+            $ queuectl worker start --drain --quiet
+            $ states
+            completed: a1 b1 c1 a2 d1 a3 e1; scheduled: later; blocked: behind
+            """)
 
     def test_pause_one(self):
         """Jobs of a paused queue stand still, others go on, and resume wakes idle workers.
         What runs already goes on to its end."""
-        meeting = self.meeting()
-        self.ok("enqueue", "--id", "running", "--queue", "slow", meeting.here)
-        self.workers(1)
-        meeting.arrived()
-        self.assertEqual(self.main("pause", "slow"), (0, "", ""))
-        self.ok("pause", "slow")
-        self.ok("enqueue", "--id", "paused", "--queue", "slow", "--priority", 9, "true")
-        self.ok("enqueue", "--id", "other", "true")
+        meeting, _, _ = self.busy(queue="slow")
+        for _ in range(2):
+            self.assertEqual(self.main("pause", "slow"), (0, "", ""))
+        self.add("paused", "true", queue="slow", priority=9)
+        self.add("other", "true")
         meeting.let_go()
         self.until_state("other", "completed")
-        self.assertEqual((self.job("running").state, self.job("paused").state),
-                         ("completed", "pending"))
+        self.assertEqual(self.states(), dict(a="completed", paused="pending", other="completed"))
         self.assertEqual(self.runs("paused"), [])
         self.assertEqual(self.main("resume", "slow"), (0, "", ""))
         self.until_state("paused", "completed")
-
-    def test_pause_all(self):
-        """pause without a name: nothing runs, and a drain does not wait for it. To resume one
-        queue is not enough then, and a note says so."""
-        self.ok("enqueue", "--id", "a", "--queue", "q", "true")
         self.ok("pause")
-        self.ok("pause", "q")
-        self.drain()
-        code, out, err = self.main("resume", "q")
-        self.assertEqual((code, out), (0, ""))
-        self.assertRegex(err, r"\Aqueuectl: all queues are still paused[^\n]*\n\Z")
-        self.drain()
-        self.assertEqual(self.states(), {"a": "pending"})
-        self.assertEqual(json.loads(self.ok("status", "--json"))["paused"], ["*"])
-        self.assertIn("paused", self.ok("status"))
-        self.ok("pause", "q")
-        self.workers(1)
-        self.assertEqual(self.main("resume"), (0, "", ""))
-        self.until_state("a", "completed")
-        self.assertEqual(json.loads(self.ok("status", "--json"))["paused"], [])
+        self.add("last", "true")
+        self.ok("resume")
+        self.until_state("last", "completed")
 
 
 @unittest.skipIf(sys.platform == "win32", "needs terminals of Unix")
@@ -6333,17 +5506,19 @@ class Detach(Everyday):
                                   "--queue", "a", "--queue", "b")
         self.assertEqual((code, out), (0, ""), err)
         self.assertRegex(err, r"\Aqueuectl: 2 workers started [^\n]*\n\Z")
-        workers = self.listed()
-        self.assertEqual(sorted((info["slot"], info["queues"], info["job"])
-                                for info in workers), [(1, ["a", "b"], None),
-                                                       (2, ["a", "b"], None)])
-        self.ok("enqueue", "--id", "job1", "--queue", "b", "pwd; echo $QUEUECTL_WORKER")
+        self.assertEqual(sorted((info["slot"], info["queues"]) for info in self.listed()),
+                         [(1, ["a", "b"]), (2, ["a", "b"])])
+        self.add("job1", "true", queue="b")
         self.until_state("job1", "completed")
         self.until(lambda: b"job1 completed" in read_file(self.log_of(err)))
-        code, out, err = self.main("worker", "stop")
-        self.assertEqual((code, out), (0, ""))
-        self.assertIn("2 workers stopped", err)
-        self.assertEqual(self.listed(), [])
+        self.play("""
+            $ queuectl worker stop
+            ! queuectl: 2 workers stopped
+            $ queuectl worker stop
+            ! queuectl: no worker runs on ...q.db
+            $ queuectl worker list
+            ! queuectl: no worker runs on ...q.db
+            """)
 
     def test_survives_its_terminal(self):
         """They go on when the terminal that started them is closed."""
@@ -6355,8 +5530,7 @@ class Detach(Everyday):
         meeting.arrived()
         shell.close()  # SIGHUP for the whole session
         shell.process.wait(PATIENCE)
-        meeting.let_go()
-        self.until_state("a", "completed")
+        self.finish(meeting)
         self.ok("enqueue", "--id", "b", "true")
         self.until_state("b", "completed")
         self.assertEqual(len(self.listed()), 1)
@@ -6375,21 +5549,17 @@ class Detach(Everyday):
         self.assertEqual(read_file(log), b"")
 
     def test_failure_is_reported(self):
-        """Where they cannot start, it says so and exits 1."""
+        """Where they cannot start, or their log cannot be written: exit 1."""
         with mock.patch("sys.executable", shutil.which("false")):
             self.assertIn("log", self.refused("worker", "start", "--detach", code=1,
                                               says="did not start"))
         self.ok("status")
         os.chmod(self.db, 0o666)
-        self.refused("worker", "start", "--detach", code=1, says="chmod")
-        self.refused("worker", "start", "--ensure", code=1, says="chmod")
+        for option in ("--detach", "--ensure"):
+            self.refused("worker", "start", option, code=1, says="chmod")
         os.chmod(self.db, 0o600)
         self.assertEqual(self.listed(), [])
-
-    def test_log_that_cannot_be_written(self):
-        """--log FILE in a folder that does not exist is refused, not ignored."""
-        self.refused("worker", "start", "--drain", "--log", self.path("no", "such", "log"),
-                     code=1, says="no/such")
+        self.refused("worker", "start", "--drain", "--log", "no/such/log", code=1, says="no/such")
 
     def test_log_is_bounded(self):
         """A log moves to NAME.1 when it is full: there are two files, neither much larger
@@ -6442,10 +5612,7 @@ class Detach(Everyday):
 
     def test_ensure_does_not_count_on_who_leaves(self):
         """Workers that finish their last job after a signal take no other one."""
-        meeting = self.meeting()
-        self.ok("enqueue", "--id", "a", meeting.here)
-        process = self.workers(1)
-        meeting.arrived()
+        meeting, process, _ = self.busy()
         process.send_signal(signal.SIGTERM)
         self.until(lambda: "(stopping)" in self.ok("worker", "list"))
         self.ok("worker", "start", "--ensure")
@@ -6460,7 +5627,6 @@ class Via(Everyday):
     def test_outcomes(self):
         """The job's command line is in $QUEUECTL_COMMAND, as it is; output, exit codes, a
         cancel and a timeout go through."""
-        self.ok("config", "set", "kill_grace", "0.1")
         cancel, late = self.meeting("cancel"), self.meeting("late")
         line = "echo \"it's $QUEUECTL_JOB_ID\"  'two  blanks'; exit 7"
         self.ok("enqueue", "--id", "a", "--max-retries", 1, "--env", "X=job", line)
@@ -6473,115 +5639,111 @@ class Via(Everyday):
         cancel.arrived()
         self.ok("cancel", "cancel")
         cancel.gone()
-        job = self.until_state("a", "dead")
-        self.assertEqual((job.command, job.exit_code), (line, 7))
+        self.until_state("cancel", "cancelled")
+        self.assertEqual((self.job("a").command, self.job("a").exit_code), (line, 7))
         self.assertEqual(self.output("a"), b"it's a two  blanks\n")
         self.assertEqual(self.output("b"), b"a b|$HOME|'|")
-        self.assertEqual(self.until_state("late", "dead").view, "dead")
         self.assertEqual(self.runs("late")[0].outcome, "timeout")
-        self.until_state("cancel", "cancelled")
 
-    def test_nice(self):
-        """A wrapper such as nice, which execs the command."""
+    def test_wrappers(self):
+        """One such as nice, which execs the command; one that is not there fails the job; and
+        without one there is no such variable."""
         before = int(subprocess.check_output(["nice"]))
-        self.ok("enqueue", "--id", "a", "nice")
-        self.drain("--via", 'nice -n 3 sh -c "$QUEUECTL_COMMAND"')
-        self.assertEqual(int(self.output("a")), min(before + 3, 19))
-
-    def test_only_there(self):
-        """Without --via there is no such variable, and a broken wrapper fails the job."""
-        self.ok("enqueue", "--id", "a", "echo ${QUEUECTL_COMMAND-none}")
-        self.drain()
-        self.assertEqual(self.output("a"), b"none\n")
-        self.ok("enqueue", "--id", "b", "--max-retries", 1, "true")
-        self.drain("--via", "no-such-wrapper")
-        self.assertEqual((self.job("b").state, self.job("b").exit_code), ("dead", 127))
-        self.refused("worker", "start", "--via", "", code=2)
+        self.play("""
+            $ queuectl enqueue --id a nice
+            a
+            $ queuectl worker start --drain --quiet --via 'nice -n 3 sh -c "$QUEUECTL_COMMAND"'
+            $ queuectl logs a
+            %d
+            $ queuectl enqueue --id b 'echo ${QUEUECTL_COMMAND-none}'
+            b
+            $ queuectl worker start --drain --quiet
+            $ queuectl logs b
+            none
+            $ queuectl enqueue --id c --max-retries 1 true
+            c
+            $ queuectl worker start --drain --quiet --via no-such-wrapper
+            ...
+            $ pick state,exit_code queuectl show c --json
+            dead 127
+            """ % min(before + 3, 19))
 
 
 class Prune(Everyday):
     """prune, dlq purge, and the setting keep_completed"""
 
-    def various(self, queue):
-        queue.enqueue("true", id="good")
-        self.settle_all(queue)
-        for id in ("bad", "blocker"):
-            queue.enqueue("true", id=id, max_retries=1)
-        self.settle_all(queue, "failed")
-        queue.enqueue("true", id="off")
-        queue.enqueue("true", id="behind", after=["good", "blocker"])
-        queue.cancel(["off"])
+    def various(self):
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "good", "command": "true"}
+            > {"id": "bad", "command": "false", "max_retries": 1}
+            > {"id": "blocker", "command": "false", "max_retries": 1}
+            > {"id": "off", "command": "true", "delay": 99}
+            > {"id": "behind", "command": "true", "after": ["good", "blocker"]}
+            > END
+            ...
+            $ work
+            good completed
+            bad dead
+            blocker dead
+            $ queuectl cancel off
+            """)
 
-    def test_states(self):
-        """Ended jobs go, or those of one state; others stay, and what an unfinished job
-        waits for stays."""
-        for words, left in (((), ["blocker", "behind"]),
-                            (("--state", "completed"), ["bad", "blocker", "off", "behind"]),
-                            (("--state", "dead"), ["good", "blocker", "off", "behind"]),
-                            (("--state", "cancelled"), ["good", "bad", "blocker", "behind"]),
-                            (("--older-than", "1h"),
-                             ["good", "bad", "blocker", "off", "behind"])):
+    def test_states_and_ages(self):
+        """Ended jobs go, or those of one state, or age from their end; others stay, and what an
+        unfinished job waits for stays."""
+        every = ["good", "bad", "blocker", "off", "behind"]
+        for number, (words, gone) in enumerate((
+                ("prune", "good bad off"), ("prune --state completed", "good"),
+                ("prune --state dead", "bad"), ("prune --state cancelled", "off"),
+                ("prune --older-than 1h", ""), ("dlq purge --older-than 1h", ""),
+                ("dlq purge", "bad"))):
             with self.subTest(words):
-                with Queue(self.db) as queue:
-                    self.various(queue)
-                    code, out, err = self.main("prune", *words)
-                    self.assertEqual((code, out), (0, ""))
-                    self.assertEqual(re.findall(r"\d+", err), [str(5 - len(left))])
-                    self.assertEqual(list(self.states()), left)
-                for name in os.listdir(self.dir):
-                    if name.startswith("q.db") and not name.endswith("-run"):
-                        os.unlink(self.path(name))
-        self.refused("prune", "--state", "pending", code=2)
-        self.refused("prune", "--older-than", "soon", code=2)
-
-    def test_purge(self):
-        """dlq purge: dead jobs only."""
-        with Queue(self.db) as queue:
-            self.various(queue)
-        self.ok("dlq", "purge", "--older-than", "1h")
-        self.assertEqual(len(self.states()), 5)
-        self.ok("dlq", "purge")
-        self.assertEqual(list(self.states()), ["good", "blocker", "off", "behind"])
-
-    def test_age(self):
-        """--older-than counts from the job's end."""
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="old")
-            with mock.patch("queuectl.time.time", return_value=time.time() - 7200):
-                self.settle(queue)
-            queue.enqueue("true", id="new")
-            self.settle(queue)
-        self.ok("prune", "--older-than", "1h")
-        self.assertEqual(list(self.states()), ["new"])
-
-    def tables(self):
-        with contextlib.closing(sqlite3.connect(self.db)) as db:
-            return [db.execute("SELECT count(*) FROM " + name).fetchone()[0]
-                    for name in ("jobs", "runs", "deps")]
+                self.db = os.environ["QUEUECTL_DB"] = self.path("%d.db" % number)
+                self.various()
+                code, out, err = self.main(*words.split())
+                self.assertEqual((code, out), (0, ""))
+                self.assertEqual(re.findall(r"\d+", err), [str(len(gone.split()))])
+                self.assertEqual(list(self.states()), [id for id in every
+                                                       if id not in gone.split()])
+        self.play("""
+            $ later 2h
+            $ queuectl enqueue --id new true
+            new
+            $ work
+            new completed
+            $ queuectl prune --older-than 1h
+            ! queuectl: 2 jobs deleted
+            $ states
+            dead: blocker; blocked: behind; completed: new
+            """)
 
     def test_rows_and_space(self):
         """With a job go its runs and what it waited for, and the file gets smaller."""
+        def tables():
+            with contextlib.closing(sqlite3.connect(self.db)) as db:
+                return [db.execute("SELECT count(*) FROM " + name).fetchone()[0]
+                        for name in ("jobs", "runs", "deps")]
         ids = ["job%d" % number for number in range(400)]
         with Queue(self.db, durable=False) as queue:
             list(queue.enqueue_many({"id": id, "command": "true", "after": ids[:1][:number]}
                                     for number, id in enumerate(ids)))
-            while self.settle(queue, output=b"x" * 8000):
+            while self.run_next(queue, output=b"x" * 8000):
                 pass
         full = os.stat(self.db).st_size
-        self.assertEqual(self.tables(), [400, 400, 399])
+        self.assertEqual(tables(), [400, 400, 399])
         self.ok("prune")
-        self.assertEqual(self.tables(), [0, 0, 0])
+        self.assertEqual(tables(), [0, 0, 0])
         self.assertLess(os.stat(self.db).st_size, full / 4)
 
     def test_keep_completed(self):
         """Idle workers delete completed jobs past keep_completed, a few at a time, and no
         others; 0 keeps them for ever."""
         self.ok("config", "set", "keep_completed", 0)
+        self.various()
         with Queue(self.db, durable=False) as queue:
-            self.various(queue)
             list(queue.enqueue_many({"command": "true"} for _ in range(250)))
-            while self.settle(queue):
-                pass
+            self.run_all(queue)
         program = self.path("often.py")
         with open(program, "w") as file:
             file.write("import sys; sys.path.insert(0, %r); import queuectl\n"
@@ -6602,11 +5764,11 @@ class Metrics(Everyday):
 
     NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
     LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\\\|\\"|\\n)*)"'
-    SAMPLE = re.compile(r"(%s)(?:\{(%s(?:,%s)*)?\})? (-?[0-9.e+-]+|NaN|[+-]Inf)\Z"
+    SAMPLE = re.compile(r"((%s)(?:\{(?:%s(?:,%s)*)?\})?) (-?[0-9.e+-]+|NaN|[+-]Inf)\Z"
                         % (NAME, LABEL, LABEL))
 
     def samples(self):
-        """{(name, ((label, value), ...)): number}; fails where a line is not as it should."""
+        """{"name{label="value"}": number}; fails where a line is not as it should."""
         text, found, kinds, family = self.ok("metrics"), {}, {}, None
         self.assertTrue(text.endswith("\n"))
         for line in text.splitlines():
@@ -6624,43 +5786,68 @@ class Metrics(Everyday):
                 continue
             match = self.SAMPLE.match(line)
             self.assertTrue(match, line)
-            name, labels = match.group(1), tuple(re.findall(self.LABEL, match.group(2) or ""))
+            name = match.group(2)
             self.assertEqual(re.sub("_(sum|count)$", "", name) if kinds[family] == "summary"
                              else name, family)
             self.assertTrue(name.startswith("queuectl_"))
-            self.assertNotIn((name, labels), found, "sampled twice")
-            found[name, labels] = float(match.group(match.lastindex))
+            self.assertNotIn(match.group(1), found, "sampled twice")
+            found[match.group(1)] = float(match.group(match.lastindex))
         self.assertNotIn(None, kinds.values())
         return found
 
-    def busy(self, queue):
-        list(queue.enqueue_many([
-            {"id": "a", "command": "true"}, {"id": "b", "command": "false", "max_retries": 2},
-            {"id": "c", "command": "true", "delay": 3600},
-            {"id": "d", "command": "true", "after": ["c"]},
-            {"id": "e", "command": "true", "queue": "mail", "priority": -1}]))
-        self.settle(queue)
-        self.settle(queue, "failed")
+    def busy(self):
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "a", "command": "true"}
+            > {"id": "b", "command": "false", "max_retries": 2}
+            > {"id": "c", "command": "true", "delay": 3600}
+            > {"id": "d", "command": "true", "after": ["c"]}
+            > {"id": "e", "command": "true", "queue": "mail", "priority": -1}
+            > END
+            ...
+            $ work 2
+            a completed
+            b failed
+            """)
 
     def test_numbers(self):
-        """What they count, by queue and state or outcome."""
-        self.assertEqual(self.samples()["queuectl_workers", (("state", "idle"),)], 0)
-        with Queue(self.db) as queue:
-            self.busy(queue)
-            found = self.samples()
-
-        def jobs(queue, state):
-            return found["queuectl_jobs", (("queue", queue), ("state", state))]
-        for state, expected in (("pending", 0), ("scheduled", 1), ("blocked", 1), ("failed", 1),
-                                ("processing", 0), ("completed", 1), ("dead", 0),
-                                ("cancelled", 0)):
-            self.assertEqual(jobs("default", state), expected, state)
-        self.assertEqual(jobs("mail", "pending"), 1)
-        self.assertEqual(found["queuectl_runs_total", (("queue", "default"),
-                                                       ("outcome", "failed"))], 1)
-        self.assertEqual(found["queuectl_run_seconds_count", (("queue", "default"),)], 2)
-        self.assertEqual(found["queuectl_run_seconds_sum", (("queue", "default"),)], 1)
-        self.assertGreaterEqual(found["queuectl_oldest_ready_seconds", ()], 0)
+        """What they count, by queue and state or outcome. A counter never falls, whatever is
+        deleted, and however old."""
+        self.busy()
+        found = self.samples()
+        for sample, expected in (
+                ('jobs{queue="default",state="pending"}', 0),
+                ('jobs{queue="default",state="scheduled"}', 1),
+                ('jobs{queue="default",state="blocked"}', 1),
+                ('jobs{queue="default",state="failed"}', 1),
+                ('jobs{queue="default",state="processing"}', 0),
+                ('jobs{queue="default",state="completed"}', 1),
+                ('jobs{queue="default",state="dead"}', 0),
+                ('jobs{queue="default",state="cancelled"}', 0),
+                ('jobs{queue="mail",state="pending"}', 1),
+                ('runs_total{queue="default",outcome="failed"}', 1),
+                ('run_seconds_count{queue="default"}', 2), ('run_seconds_sum{queue="default"}', 1),
+                ('workers{state="idle"}', 0)):
+            self.assertEqual(found["queuectl_" + sample], expected, sample)
+        self.assertGreaterEqual(found["queuectl_oldest_ready_seconds"], 0)
+        self.ok("cancel", "b", "d")
+        self.ok("prune")
+        self.assertEqual(list(self.states()), ["c", "e"])
+        for hours in (0, 2, 25):
+            with mock.patch("queuectl.time.time", return_value=time.time() + hours * 3600), \
+                    Queue(self.db) as queue:
+                queue.fold_stats(time.time())
+                queue.fold_stats(time.time())
+                now = self.samples()
+                for key, value in found.items():
+                    if "_total" in key or "_seconds_" in key:
+                        self.assertEqual(now[key], value, key)
+                if hours == 2:  # folded minutes meet later ones
+                    queue.enqueue("false", id="f", queue="default", priority=9)
+                    self.assertEqual(self.run_next(queue, "failed").id, "f")
+                    found = self.samples()
+                    self.assertEqual(found['queuectl_runs_total{queue="default",'
+                                           'outcome="failed"}'], 2)
 
     def test_workers(self):
         """How many workers there are, and what they do."""
@@ -6669,42 +5856,25 @@ class Metrics(Everyday):
         self.workers(2)
         meeting.arrived()
         found = self.samples()
-        self.assertEqual([found["queuectl_workers", (("state", state),)]
+        self.assertEqual([found['queuectl_workers{state="%s"}' % state]
                           for state in ("busy", "idle")], [1, 1])
         meeting.let_go()
-
-    def test_counters_stay(self):
-        """A counter never falls, whatever is deleted."""
-        with Queue(self.db) as queue:
-            self.busy(queue)
-            queue.cancel(["b", "d"])
-            before = self.samples()
-            self.ok("prune")
-            after = self.samples()
-            self.assertEqual(list(self.states()), ["c", "e"])
-            with mock.patch("queuectl.time.time", return_value=time.time() + 90000):
-                queue.fold_stats(time.time() + 90000)
-                later = self.samples()
-        for key, value in before.items():
-            if "_total" in key[0] or "_seconds_" in key[0]:
-                self.assertEqual((after[key], later[key]), (value, value), key)
 
     def test_escaping(self):
         """Names of queues with quotes and backslashes."""
         name = 'a"b\\c{d}=,\u00e9'
         with Queue(self.db) as queue:
             queue.enqueue("true", queue=name)
-            self.settle(queue)
-        label = ("queue", name.replace("\\", "\\\\").replace('"', '\\"'))
+            self.run_next(queue)
+        label = 'queue="%s"' % name.replace("\\", "\\\\").replace('"', '\\"')
         found = self.samples()
-        self.assertEqual(found["queuectl_jobs", (label, ("state", "completed"))], 1)
-        self.assertEqual(found["queuectl_run_seconds_count", (label,)], 1)
+        self.assertEqual(found['queuectl_jobs{%s,state="completed"}' % label], 1)
+        self.assertEqual(found['queuectl_run_seconds_count{%s}' % label], 1)
 
     @unittest.skipUnless(shutil.which("promtool"), "promtool is not installed")
     def test_promtool(self):
         """Prometheus's own judge has nothing to say."""
-        with Queue(self.db) as queue:
-            self.busy(queue)
+        self.busy()
         done = subprocess.run(["promtool", "check", "metrics"], stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, input=self.ok("metrics").encode())
         self.assertEqual((done.returncode, done.stdout), (0, b""))
@@ -6713,122 +5883,119 @@ class Metrics(Everyday):
 class Status(Everyday):
     """status [--json] [--watch]"""
 
-    def test_json(self):
-        """Its keys, and a count for every state and view."""
-        with Queue(self.db) as queue:
-            for id in "ab":
-                queue.enqueue("true", id=id, max_retries=2)
-            self.settle(queue)
-            self.settle(queue, "failed")
-            queue.enqueue("true", delay=3600, queue="mail")
-            queue.enqueue("true", after=["b"])
-            queue.enqueue("true")
+    def test_what_it_says(self):
+        """Counts for every state and view; and on stderr one line of what does not go well by
+        itself, the worst first."""
+        self.play("""
+            $ queuectl status
+            database  ...q.db
+            jobs      0 pending, 0 processing, 0 completed, 0 dead, 0 cancelled
+            no worker runs
+            $ pick oldest_ready_seconds,workers queuectl status --json
+            null []
+            $ pick database queuectl status --json
+            %s
+            $ queuectl enqueue --id 1 true
+            1
+            $ queuectl enqueue --id 2 --max-retries 2 false
+            2
+            $ work
+            1 completed
+            2 failed
+            $ queuectl enqueue --id 3 --delay 1h --queue mail true
+            3
+            $ queuectl enqueue --id 4 --after 2 true
+            4
+            $ queuectl enqueue --id 5 true
+            5
+            $ queuectl pause empty
+            $ queuectl pause mail
+            $ queuectl status
+            database  ...q.db
+            jobs      4 pending, 0 processing, 1 completed, 0 dead, 0 cancelled
+                      of the pending: 1 failed, 1 scheduled, 1 blocked
+            waiting   the first ready job for ...
+            rate      0... runs a minute in 5 minutes; 2 in the last hour, 1 of these failed
+            duration  500ms on average
+            QUEUE    PENDING  PROCESSING  FAILED  SCHEDULED  BLOCKED  DEAD
+            default  3        0           1       0          1        0
+            empty    0        0           0       0          0        0     paused
+            mail     1        0           0       1          0        0     paused
+            no worker runs
+            ! queuectl: 4 jobs wait and no worker runs; start one: worker start
+            $ queuectl status --watch | head -2
+            database  ...q.db
+            jobs      4 pending...
+            ! queuectl: 4 jobs wait ...
+            $ pick jobs,paused,last_hour queuectl status --json
+            {...} ["empty", "mail"] {"runs": 2, "failed": 1, "mean_seconds": 0.5}
+            $ queuectl pause
+            $ queuectl status
+            ...
+            ! queuectl: all queues are paused; to go on: resume
+            $ queuectl resume
+            $ queuectl cancel 2 3 5
+            $ queuectl status
+            ...
+            ! queuectl: what the blocked jobs wait for has ended badly; see: list --state blocked
+            """ % self.db)
         status = json.loads(self.ok("status", "--json"))
-        self.assertEqual(status["database"], self.db)
-        self.assertEqual(status["jobs"], {
-            "pending": 4, "processing": 0, "completed": 1, "dead": 0, "cancelled": 0,
-            "failed": 1, "scheduled": 1, "blocked": 1})
-        self.assertEqual(status["workers"], [])
-        self.assertEqual(status["paused"], [])
-        self.assertEqual(status["queues"]["mail"], {
-            "pending": 1, "processing": 0, "completed": 0, "dead": 0, "cancelled": 0,
-            "failed": 0, "scheduled": 1, "blocked": 0})
-        self.assertGreaterEqual(status["oldest_ready_seconds"], 0)
-        self.assertEqual(status["last_hour"], {"runs": 2, "failed": 1, "mean_seconds": 0.5})
+        self.assertEqual((status["jobs"], status["queues"]["mail"]), ({
+            "pending": 1, "processing": 0, "completed": 1, "dead": 0, "cancelled": 3, "failed": 0,
+            "scheduled": 0, "blocked": 1}, {
+            "pending": 0, "processing": 0, "completed": 0, "dead": 0, "cancelled": 1, "failed": 0,
+            "scheduled": 0, "blocked": 0}))
+        with self.queue() as queue:
+            queue.retry(["5"])
+            self.claim(queue, "dead")
+        self.play("""
+            $ queuectl status
+            ...
+            ! queuectl: 1 job was left by a dead worker; to take up again: worker start
+            $ pick orphaned,jobs.processing queuectl status --json
+            1 1
+            """)
 
-    def test_empty(self):
-        """Nothing waits, so nothing is amiss; and oldest_ready_seconds is null."""
-        code, out, err = self.main("status")
-        self.assertEqual((code, err), (0, ""))
-        self.assertIn(self.db, out)
-        self.assertIsNone(json.loads(self.ok("status", "--json"))["oldest_ready_seconds"])
-
-    def test_warning(self):
-        """When jobs wait and no worker runs, it says so, on stderr; not when one runs."""
+    def test_workers(self):
+        """When one runs all is well, unless jobs wait that nobody serves."""
         self.ok("enqueue", "--delay", "1h", "true")
-        for words in (("status",), ("status", "--json")):
-            code, out, err = self.main(*words)
-            self.assertEqual(code, 0)
-            self.assertNotIn("worker start", out)
-            if words == ("status",):
-                self.assertRegex(err, r"\Aqueuectl: 1 job waits [^\n]*worker start[^\n]*\n\Z")
-        self.workers(2)
-        code, out, err = self.main("status")
-        self.assertEqual((code, err), (0, ""))
-        self.assertNotIn("no worker", out)
+        self.workers(2, "--queue", "default")
+        self.assertEqual(self.main("status")[::2], (0, ""))
+        self.assertNotIn("no worker", self.ok("status"))
         workers = json.loads(self.ok("status", "--json"))["workers"]
         self.assertEqual(sorted(info["slot"] for info in workers), [1, 2])
         self.assertEqual(workers, json.loads(self.ok("worker", "list", "--json")))
-
-    def test_what_is_amiss(self):
-        """One line on stderr says what does not go well by itself, the worst first."""
-        def warns(text):
-            code, out, err = self.main("status")
-            self.assertEqual(code, 0)
-            self.assertRegex(err, r"\Aqueuectl: [^\n]*%s[^\n]*\n\Z" % text)
-        with Queue(self.db) as queue:
-            queue.enqueue("true", id="a")
-            queue.enqueue("true", id="b", after=["a"])
-            warns("2 jobs wait and no worker runs")
-            queue.pause()
-            warns("all queues are paused")
-            queue.resume()
-            queue.cancel(["a"])
-            warns("blocked jobs wait for has ended badly")
-            queue.retry(["a"])
-            claim = queue.turn(None, "dead")[1]
-            self.assertEqual(claim.id, "a")
-            warns("1 job was left by a dead worker; to take up again: worker start")
-            self.assertEqual(json.loads(self.ok("status", "--json"))["orphaned"], 1)
+        self.ok("enqueue", "--queue", "mail", "true")
+        self.assertEqual(self.main("status")[2],
+                         "queuectl: jobs wait in mail, which no worker serves\n")
 
     def test_rate(self):
         """In whole numbers, however many."""
-        clock = mock.patch("time.time", lambda: 1800000000.0)
-        with clock, Queue(self.db) as queue:
+        self.clock()
+        with Queue(self.db) as queue:
             queue._execute("INSERT INTO stats VALUES (?, 'q', 'completed', 26144, 1.0)",
                            (1800000000 // 60,))
-            self.assertIn("rate      5229 runs a minute in 5 minutes; 26144 in the last hour",
-                          self.ok("status"))
-
-    def test_paused(self):
-        """Paused queues are named, also those without a job."""
-        self.ok("enqueue", "--queue", "mail", "true")
-        for name in ("mail", "empty"):
-            self.ok("pause", name)
-        lines = [line.split() for line in self.ok("status").splitlines()
-                 if line.endswith("paused")]
-        self.assertEqual([line[0] for line in lines], ["empty", "mail"])
-        self.assertEqual(json.loads(self.ok("status", "--json"))["paused"], ["empty", "mail"])
-        self.ok("resume")
-        self.assertNotIn("paused", self.ok("status"))
+        self.assertIn("rate      5229 runs a minute in 5 minutes; 26144 in the last hour",
+                      self.ok("status"))
 
     def test_watch(self):
         """--watch redraws the same place, within the width of the terminal, until Ctrl-C."""
         with Queue(self.db) as queue:
             for id in ("good", "x" * 70, "other"):
                 queue.enqueue("true", id=id, queue="queue-" + id, max_retries=1)
-            self.settle(queue)
-            self.settle(queue, "failed")
+            self.run_next(queue)
+            self.run_next(queue, "failed")
         self.ok("pause", "queue-other")
         screen = self.terminal("status", "--watch", columns=60, lines=20)
         screen.until(r"\x1b\[H[^\x00]*1 pending[^\x00]*\x1b\[J")
         self.ok("enqueue", "--queue", "new", "true")
         screen.until(r"\x1b\[H[^\x00]*2 pending[^\x00]*\x1b\[J")
-        screen.press(b"\x03")
-        code, shown = screen.rest()
-        self.assertEqual(code, 130)
-        self.assertNotIn("Traceback", shown)
-        frames = shown.split("\x1b[H")[1:]
+        frames = self.interrupted(screen).split("\x1b[H")[1:]
         self.assertGreater(len(frames), 1)
         for frame in frames:
             lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", frame).split("\n")
             self.assertLess(len(lines), 21)
-            for line in lines:
-                self.assertLessEqual(len(line), 60, line)
-
-    def test_watch_without_a_terminal(self):
-        """Where nobody looks, it shows the status once."""
-        self.assertIn("database", self.ok("status", "--watch"))
+            self.assertLessEqual(max(map(len, lines)), 60, lines)
 
 
 @unittest.skipIf(sys.platform == "win32", "needs terminals of Unix")
@@ -6845,9 +6012,9 @@ class Tables(Everyday):
         long, meeting = "with-a-very-long-name-" * 4, self.meeting()
         with Queue(self.db) as queue:
             queue.enqueue("echo " + "word " * 40, id="dead", max_retries=1)
-            self.settle(queue, "failed", error="exit code 1: " + "reason " * 20)
+            self.run_next(queue, "failed", error="exit code 1: " + "reason " * 20)
             queue.enqueue("true \x1b[31m\nsecond line", id="job-" + long, queue="queue-" + long)
-            self.settle(queue)
+            self.run_next(queue)
             queue.enqueue("true", id="blocked", after=["dead"])
             queue.enqueue("true", id="blocked-" + long, after=["dead"])
             queue.enqueue("true", id="x" * 255, queue="y" * 255)
@@ -6900,13 +6067,6 @@ class Tables(Everyday):
             self.assertNotIn("\x1b", "".join(lines))
         for line in self.COMMANDS:
             self.assertNotIn("\x1b", "".join(self.main(*line.split())[1:]), line)
-
-    def test_headings(self):
-        """Each table begins with the names of its columns, also an empty one."""
-        for words, heads in (("list", "ID STATE TRIES QUEUE WHEN COMMAND"),
-                             ("dlq list", "ID TRIES QUEUE WHEN ERROR COMMAND"),
-                             ("config list", "SETTING VALUE MEANING")):
-            self.assertEqual(self.ok(*words.split()).splitlines()[0].split(), heads.split())
 
 
 class Completion(Everyday):
@@ -6967,46 +6127,52 @@ class Completion(Everyday):
 
 @unittest.skipIf(sys.platform == "win32", "the recipes are for sh")
 class Recipes(Everyday):
-    """The README's section Recipes: every sh block does what it says, in an empty home."""
+    """The README: its recipes do what they say, in an empty home, and its transcripts are right."""
 
     def blocks(self):
-        path = os.path.join(HERE, "README.md")
+        """(heading of its section, kind, text) of the README's code blocks."""
+        path, blocks, section, fence = os.path.join(HERE, "README.md"), [], None, None
         if not os.path.exists(path):
             self.skipTest("there is no README.md")
-        blocks, depth, fence = [], 0, None
         for line in read_file(path).decode().splitlines(True):
-            heading = re.match(r"(#+) (.*)", line) if fence is None else None
-            if heading and (not depth or len(heading.group(1)) <= depth):
-                depth = len(heading.group(1)) if heading.group(2).strip() == "Recipes" else 0
-            elif line.startswith("```"):
+            if line.startswith("```"):
                 fence = line[3:].strip() if fence is None else None
-                if fence in ("sh", "bash") and depth:
-                    blocks.append("")
-            elif fence in ("sh", "bash") and depth:
-                blocks[-1] += line
-        self.assertTrue(blocks, "the section Recipes has no sh block")
-        return [block for block in blocks if not block.startswith("# not run:")]
+                if fence:
+                    blocks.append((section, fence, ""))
+            elif fence:
+                blocks[-1] = section, fence, blocks[-1][2] + line
+            elif line.startswith("## "):
+                section = line[3:].strip()
+        return blocks
 
-    def test_all(self):
-        """Each block, on its own, ends with 0."""
-        for number, block in enumerate(self.blocks(), 1):
-            with self.subTest(block):
-                self.run_block("recipe%d" % number, block)
+    def test_recipes(self):
+        """Each sh block of the section, on its own, ends with 0."""
+        blocks = [text for section, kind, text in self.blocks()
+                  if section == "Recipes" and kind in ("sh", "bash")]
+        self.assertTrue(blocks, "the section Recipes has no sh block")
+        for number, block in enumerate(blocks, 1):
+            if not block.startswith("# not run:"):
+                with self.subTest(block):
+                    self.run_block("recipe%d" % number, block)
+
+    def test_transcripts(self):
+        """Each console block shows what is seen (see Case.play)."""
+        self.addCleanup(self.no_workers_left)
+        shutil.copy(SCRIPT, self.dir)
+        for number, (_, kind, text) in enumerate(self.blocks()):
+            if kind == "console":
+                with self.subTest(text):
+                    self.db = os.environ["QUEUECTL_DB"] = self.path("%d.db" % number)
+                    self.play(text)
 
     def run_block(self, name, block):
-        home, programs = self.path(name), self.path(name, "bin")
-        os.makedirs(programs, 0o700)
-        for word, line in (("queuectl", [sys.executable, SCRIPT]),
-                           ("queuectl.py", [sys.executable, SCRIPT]),
-                           ("python3", [sys.executable]), ("python", [sys.executable])):
-            with open(os.path.join(programs, word), "w") as file:
-                file.write('#!/bin/sh\nexec %s "$@"\n' % " ".join(map(shlex.quote, line)))
-            os.chmod(file.name, 0o700)
+        """Run a script in an empty home; it must end with 0."""
+        home = self.path(name)
+        os.makedirs(home, 0o700)
         shutil.copy(SCRIPT, home)
-        env = dict(self.env, HOME=home, PATH=programs + os.pathsep + self.env["PATH"])
+        env = dict(self.env, HOME=home, PATH=self.programs())
         for key in ("QUEUECTL_DB", "XDG_STATE_HOME"):
             env.pop(key, None)
-        self.db = os.path.join(home, ".local", "state", "queuectl", "queuectl.db")
         with open(self.path(name + ".log"), "wb") as log:
             process = subprocess.Popen(["sh", "-e"], stdin=subprocess.PIPE, stdout=log,
                                        stderr=subprocess.STDOUT, cwd=home, env=env,
