@@ -50,7 +50,7 @@ import sqlite3
 import stat
 import sys
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ RUN_VARIABLE = "QUEUECTL_RUN"  # in a job's environment: <id of the database>/<r
 EVERY_QUEUE = "*"  # among the paused ones
 PAGE = 1000  # rows a read transaction may last, so that no reader pins the WAL
 MAX_TEXT = 128 * 1024  # bytes; Linux's MAX_ARG_STRLEN, the limit for one argument
+LEAST_EPOCH = 10 ** 8  # 1973: a smaller number is hardly meant as a time
 MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z, the last second that ISO 8601 can name
 MAX_ISO = "9999-12-31T23:59:59.999Z"
 DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -290,6 +291,19 @@ def _base32(number: int, digits: int) -> str:
     return "".join([BASE32[number >> shift & 31] for shift in range(5 * digits - 5, -1, -5)])
 
 
+_called: dict[str, list[str]] = {"as": ["queuectl.py"], "with": []}
+
+
+def called_as(program: Sequence[str], options: Sequence[str] = ()) -> None:
+    """Let hints begin with these words."""
+    _called.update({"as": list(program), "with": list(options)})
+
+
+def hint(command: str) -> str:
+    """A command line that can be pasted, such as `queuectl.py worker start`."""
+    return " ".join(_called["as"] + _called["with"] + [command])
+
+
 def printable(text: str) -> str:
     """Text from a job made safe for a terminal: one line, no escape sequences."""
     if text.isprintable():
@@ -449,18 +463,28 @@ def format_size(size: float) -> str:
 
 
 def parse_time(value: Any, now: float | None = None) -> float:
-    """Epoch seconds from ISO 8601 (no zone: local time), epoch seconds, or `+10m`."""
+    """Epoch seconds from ISO 8601 (no zone: local time), epoch seconds, `23:30` (the next one),
+    or `+10m`."""
+    now = time.time() if now is None else now
     if isinstance(value, str) and not value.isdecimal():  # 20260131 is a date since Python 3.11
         if value.startswith("+"):
-            return from_epoch((time.time() if now is None else now) + parse_duration(value[1:]))
-        try:
+            return from_epoch(now + parse_duration(value[1:]))
+        if value[1:2] == ":":
+            value = "0" + value
+        with contextlib.suppress(ValueError, OverflowError, OSError):
+            if value[2:3] == ":":
+                today = datetime.combine(datetime.fromtimestamp(now),
+                                         datetime.strptime(value, "%H:%M").time())
+                return min(when for when in (today.timestamp(),
+                                             (today + timedelta(days=1)).timestamp()) if when > now)
             return from_epoch(from_iso(value))
-        except (ValueError, OverflowError, OSError):
-            pass
     try:
-        return from_epoch(_number(value))
+        seconds = from_epoch(_number(value))
+        if seconds < LEAST_EPOCH:
+            raise QueueError("is a number such as a person would not mean")
+        return seconds
     except QueueError:
-        raise QueueError("%s is not a time such as 2026-01-31T08:00, 2026-01-31T08:00Z, "
+        raise QueueError("%s is not a time such as 2026-01-31T08:00, 2026-01-31T08:00Z, 23:30, "
                          "+10m or epoch seconds" % _shown(value)) from None
 
 
@@ -624,7 +648,8 @@ def setting(name: str) -> Setting:
     return found
 
 
-def exit_error(exit_code: int | None, signum: int | None, output: bytes) -> str:
+def exit_error(exit_code: int | None, signum: int | None, output: bytes = b"",
+               command: str = "") -> str:
     """What last_error says of a run that ended by itself and not with 0."""
     if signum is not None:
         try:
@@ -633,8 +658,9 @@ def exit_error(exit_code: int | None, signum: int | None, output: bytes) -> str:
             return "killed by signal %d" % signum
     text = "exit code %s" % exit_code
     if exit_code == 127:
-        text += " (command not found; the worker's PATH counts: use a full path, or " \
-                "enqueue with --env PATH)"
+        text += " (command not found%s)" % (
+            "" if "/" in (command.split() or [""])[0] else "; the worker's PATH counts: use a full "
+            "path, or enqueue with --env PATH")
     elif exit_code == 126:
         text += " (found, but not executable)"
     lines = output.decode("utf-8", "replace").strip().splitlines()
@@ -1580,6 +1606,10 @@ SELECT_JOBS = """
 SELECT_PAGE = SELECT_JOBS + """
     WHERE jobs.seq > :last AND (:queue IS NULL OR +queue = :queue) AND %s
     ORDER BY jobs.seq LIMIT :limit"""
+BEFORE_NEWEST = """
+    SELECT min(seq) - 1 FROM (
+        SELECT jobs.seq FROM jobs WHERE (:queue IS NULL OR +queue = :queue) AND %s
+        ORDER BY jobs.seq DESC LIMIT :limit)"""
 SELECT_JOB = SELECT_JOBS + " WHERE jobs.id = :id"
 RUNS_OF_JOB = """
     WITH RECURSIVE chain(link) AS (
@@ -2351,10 +2381,11 @@ class Queue(Database):
 
     def enqueue_from(self, jobs: Iterable[tuple[str, Mapping[str, Any]]],
                      show: Callable[[list[str]], None],
-                     note: Callable[[str], None] = lambda text: None) -> None:
+                     note: Callable[[str], None] = lambda text: None) -> list[str]:
         """As enqueue_many, for pairs of a place ("line 3: "), which errors begin with, and a
         job. `show` gets the ids, page by page, and `note` a line for each job that its unique
-        key kept from being stored (whose id is that of the one which has the key).
+        key kept from being stored (whose id is that of the one which has the key). Returns the
+        queues that have got jobs.
 
         The writer lock is not held while `jobs` is consumed, which may take its time: until
         then they stand in a temporary table."""
@@ -2392,6 +2423,7 @@ class Queue(Database):
             show([row[0] for row in self._rows(
                 "SELECT ifnull(instead, id) FROM temp.incoming WHERE number BETWEEN ? AND ? "
                 "ORDER BY number", (first, first + PAGE - 1))])
+        return queues
 
     def _add_incoming(self, rows: list[tuple[Any, ...]], needed: list[tuple[int, str]]) -> None:
         with self._snapshot():
@@ -2462,15 +2494,18 @@ class Queue(Database):
             env=self._json(row["env"]) or {}, after=(row["after"] or "").split(),
             unique=row["unique_key"], run_at=iso(row["run_after"]),
             started_at=iso(row["started_at"]), finished_at=iso(row["finished_at"]))
+        if row["state"] == "pending" and not row["attempts"]:  # its runs were before a dlq retry
+            fields.update(exit_code=None, started_at=None, finished_at=None)
         return Job(**fields)
 
     def _named(self, ids: Sequence[str]) -> list[Job]:
         return [self.get(id) for id in dict.fromkeys([ids] if isinstance(ids, str) else ids)]
 
     def jobs(self, state: str | None = None, queue: str | None = None,
-             limit: int | None = None) -> Iterator[Job]:
+             limit: int | None = None, newest: int | None = None) -> Iterator[Job]:
         """Jobs in the order in which they came, read page by page: no transaction lasts
-        longer than a page. `state` is one of STATES or VIEWS. QueueError."""
+        longer than a page. `state` is one of STATES or VIEWS; at most the `limit` oldest ones
+        or the `newest`. QueueError."""
         if state is None:
             where = "1"
         elif state in MEMBERS:
@@ -2481,6 +2516,9 @@ class Queue(Database):
             raise QueueError("there is no state %s; the states are %s"
                              % (_shown(state), ", ".join(STATES + VIEWS)))
         last, left = 0, float("inf") if limit is None else limit
+        if newest is not None:
+            left = min(left, newest)
+            last = self._value(BEFORE_NEWEST % where, {"queue": queue, "limit": newest}) or 0
         while left > 0:
             rows = self._rows(SELECT_PAGE % where, {
                 "last": last, "queue": queue, "limit": int(min(PAGE, left))})
@@ -3338,7 +3376,7 @@ class Execution:
     def _reason(self, outcome: str) -> str:
         if outcome == "failed":
             assert self._exit is not None
-            return exit_error(*self._exit, self._output.end(2000))
+            return exit_error(*self._exit, self._output.end(2000), self.claim.command)
         return {"timeout": "timed out after %s (--timeout of the job, or the setting job_timeout)"
                            % format_duration(self.claim.timeout),
                 "cancelled": "cancelled while it ran",
@@ -3866,7 +3904,7 @@ class Supervisor:
                         queue.set_count(self._options.name, len(self._seats))
                 continue
             self._log.warn("worker %d died (%s)" % (
-                slot, "exit code %d" % code if code > 0 else exit_error(None, -code, b"")))
+                slot, "exit code %d" % code if code > 0 else exit_error(None, -code)))
             self._rescue()
             if self._level != RUN:
                 self._seats.pop(slot, None)
@@ -3949,32 +3987,35 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str |
     return sum(info.slot > 0 for info in found)
 
 
-def obstacles(queue: Queue, name: str) -> list[str]:
-    """What keeps the ready jobs of a queue from running, and what to do about it."""
+def obstacles(queue: Queue, name: str, served: bool = False) -> list[str]:
+    """What keeps the ready jobs of a queue from running, and what to do about it. That nobody
+    serves it is none where it has just been `served`."""
     found, paused, workers = [], queue.paused(), queue.workers()
     if EVERY_QUEUE in paused:
-        found.append("all queues are paused (to go on: resume)")
+        found.append("all queues are paused (to go on: %s)" % hint("resume"))
     elif name in paused:
-        found.append("the queue %s is paused (to go on: resume %s)" % (name, name))
-    if not workers:
-        found.append("no worker runs now (start one: worker start)")
+        found.append("the queue %s is paused (to go on: %s)" % (name, hint("resume " + name)))
+    if served:
+        pass
+    elif not workers:
+        found.append("no worker runs (start one: %s)" % hint("worker start"))
     elif not any(info.queues is None or name in info.queues for info in workers):
-        found.append("no worker serves the queue %s (start one: worker start --queue %s)"
-                     % (name, name))
+        found.append("no worker serves the queue %s (start one: %s)"
+                     % (name, hint("worker start --queue " + name)))
     return found
 
 
-def why_waiting(queue: Queue, job: Job) -> list[str]:
-    """Why a job waits, for people: reasons that read on from "it waits: "."""
+def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
+    """Why a job waits, for people; nothing where it does not."""
     if job.state != "pending":
         return []
     found, blocker, now = [], queue.blocker(job), time.time()
     if blocker is not None:
-        found.append("for %s, which is %s" % blocker)
+        found.append("it waits for %s, which is %s" % blocker)
     if job.run_after is not None and job.run_after > now and job.view != "pending":
-        found.append("until %s (in %s)" % (local_time(job.run_after),
-                                           format_age(job.run_after - now)))
-    found += obstacles(queue, job.queue)
+        found.append("it waits until %s (in %s)" % (local_time(job.run_after),
+                                                    format_age(job.run_after - now)))
+    found += obstacles(queue, job.queue, served)
     limit = queue.limits().get(job.queue)
     if limit is not None and job.view == "pending":
         running = queue.running_in(job.queue)
@@ -3984,7 +4025,7 @@ def why_waiting(queue: Queue, job: Job) -> list[str]:
     if job.view == "pending":
         before = queue.standing_before(job)
         if before:
-            found.append("%d job%s before it" % (before, "" if before == 1 else "s"))
+            found.append("%d job%s before it" % (before, " stands" if before == 1 else "s stand"))
         elif not found:
             found.append("it is the next one")
     return found
@@ -3998,6 +4039,7 @@ def gather_status(queue: Queue) -> dict[str, Any]:
         "jobs": total(queues),
         "queues": queues,
         "paused": queue.paused(),
+        "limits": queue.limits(),
         "workers": queue.workers(),
         "orphaned": len(queue.orphans()),
         "oldest_ready_seconds": None if oldest is None else round(max(0.0, now - oldest), 3),
@@ -4015,23 +4057,25 @@ def status_warning(status: Mapping[str, Any]) -> str | None:
     if orphaned:
         return "%s left by a dead worker; %s" % (
             "1 job was" if orphaned == 1 else "%d jobs were" % orphaned,
-            "show ID says more" if workers else "to take up again: worker start")
+            "%s says more" % hint("show ID") if workers
+            else "to take up again: %s" % hint("worker start"))
     if waiting and waiting == jobs["blocked"] and not jobs["processing"]:
-        return "what the blocked jobs wait for has ended badly; see: list --state blocked"
+        return "what the blocked jobs wait for has ended badly; see: " \
+            + hint("list --state blocked")
     if waiting and EVERY_QUEUE in status["paused"]:
-        return "all queues are paused; to go on: resume"
+        return "all queues are paused; to go on: " + hint("resume")
     if waiting and not workers:
-        return "%s and no worker runs; start one: worker start" % (
-            "1 job waits" if waiting == 1 else "%d jobs wait" % waiting)
+        return "%s and no worker runs; start one: %s" % (
+            "1 job waits" if waiting == 1 else "%d jobs wait" % waiting, hint("worker start"))
     alone = [name for name, row in sorted(status["queues"].items()) if row["pending"]
              and not any(info.queues is None or name in info.queues for info in workers)]
     return "jobs wait in %s, which no worker serves" % ", ".join(alone) if alone else None
 
 
-def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[bytes]:
-    """The output of a job's run: of run `number`, or of its last one. With `live` what a
-    running one prints as it comes; and where no number is given, run after run to the end
-    of the job. QueueError if there is no such run."""
+def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[tuple[int, bytes]]:
+    """Pairs of the number of a job's run and what it printed, first b"" for each: of run `number`,
+    or of the last one. With `live` what a running one prints as it comes; and where no number is
+    given, run after run to the end of the job. QueueError if there is no such run."""
     runs = queue.runs(job.id)
     if number is not None and not 1 <= number <= len(runs):
         raise QueueError("job %s has %d runs" % (job.id, len(runs)))
@@ -4041,15 +4085,17 @@ def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[b
     while True:
         for run in queue.runs(job.id)[shown:number]:
             shown += 1
-            yield from _follow_run(queue, run.run, live)
+            yield shown, b""
+            for data in _follow_run(queue, run.run, live):
+                yield shown, data
         if not live or shown == number:
             return
         job = queue.get(job.id)
         if job.state in ENDED and len(queue.runs(job.id)) <= shown:
             return
         if queue.stuck(job):
-            raise QueueError("job %s waits for one that has ended badly (see: show %s)"
-                             % (job.id, job.id))
+            raise QueueError("job %s waits for one that has ended badly (see: %s)"
+                             % (job.id, hint("show " + job.id)))
         _await_change(queue)
 
 
@@ -4089,11 +4135,14 @@ def start_detached(options: StartOptions, ensure: bool) -> tuple[int, str]:
         except BlockingIOError:
             raise QueueError("another process has held %s for 30 s" % turns) from None
         try:
-            count = options.count
-            if ensure:
-                served = sorted(set(options.queues)) or None
-                count -= sum(info.count for info in queue.workers(supervisors=True)
-                             if not info.slot and info.queues == served and not info.stop)
+            count, served = options.count, sorted(set(options.queues)) or None
+            for info in queue.workers(supervisors=True) if ensure else ():
+                if not info.slot and info.queues == served and not info.stop:
+                    count -= info.count
+                    if info.via != options.via:
+                        raise QueueError("workers for these queues run already, %s; end them first:"
+                                         " %s" % ("with --via " + info.via if info.via else
+                                                  "without --via", hint("worker stop")))
             if count > 0:
                 _start_supervisor(queue, options, count, log)
             return max(count, 0), log
@@ -4108,11 +4157,22 @@ def require_log(path: str) -> None:
         raise QueueError("cannot write the log %s: %s" % (path, error.strerror)) from None
 
 
+def own_command() -> list[str]:
+    """How another interpreter runs this program for long: it imports the file, if it can, since
+    Python keeps the syntax tree of a script (9 MB) while it runs."""
+    folder, name = os.path.split(os.path.abspath(__file__))
+    module, ending = os.path.splitext(name)
+    if ending != ".py" or not module.isidentifier():
+        return [sys.executable, os.path.join(folder, name)]
+    return [sys.executable, "-B", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+            "from %s import main; sys.exit(main())" % module, folder]
+
+
 def _start_supervisor(queue: Queue, options: StartOptions, count: int, log: str) -> None:
     """Start `count` workers in the background; returns once they run. QueueError."""
     import subprocess
-    words = [sys.executable, os.path.abspath(__file__), "--db", queue.path, "worker", "start",
-             "--count", str(count), "--log", log, "--name", options.name]
+    words = own_command() + ["--db", queue.path, "worker", "start", "--count", str(count),
+                             "--log", log, "--name", options.name]
     words += ["--drain"] * options.drain + ["--quiet"] * options.quiet
     words += ["--queue=" + name for name in options.queues]
     words += ["--via=" + options.via] if options.via else []
@@ -4285,22 +4345,31 @@ def dead_table(jobs: Iterable[Job], now: float) -> Iterator[str]:
          job.command) for job in jobs))
 
 
-def job_sheet(job: Job, runs: Sequence[Run], blocker: tuple[str, str] | None,
-              now: float) -> Iterator[str]:
-    """All about one job. Of its environment only the names: the values may be secrets."""
+def at(text: str | None, now: float) -> str:
+    """A time for people, and how long ago that was."""
+    if not text:
+        return ""
+    epoch = from_iso(text)
+    return "%s (%s)" % (local_time(epoch), "in " + format_age(epoch - now) if epoch > now
+                        else format_age(now - epoch) + " ago")
+
+
+def job_sheet(job: Job, runs: Sequence[Run], reasons: Sequence[str], now: float) -> Iterator[str]:
+    """All about one job, with `reasons` why it waits. Of its environment only the names: the
+    values may be secrets."""
     facts = [
-        ("job", job.id), ("command", job.command),
-        ("state", job.view + (" by %s (%s)" % blocker if blocker else "")),
+        ("job", job.id), ("command", job.command), ("state", job.view),
+        ("waits", "; ".join(reasons)),
         ("attempts", "%d of %d" % (job.attempts, job.max_retries)),
         ("queue", job.queue + (", priority %d" % job.priority if job.priority else "")),
         ("timeout", "" if job.timeout is None else format_duration(job.timeout) if job.timeout
          else "none"),
         ("folder", job.cwd or ""), ("env", " ".join(sorted(job.env))),
         ("after", " ".join(job.after)), ("unique", job.unique or ""),
-        ("enqueued", "%s (%s)" % (job.created_at, ago(job.created_at, now))),
-        ("runs at", "%s (%s)" % (job.run_at, job_when(job, now, None))
-         if job.view in ("failed", "scheduled") else ""),
-        ("worker", "%s, since %s" % (job.locked_by, job.locked_at) if job.locked_by else ""),
+        ("enqueued", at(job.created_at, now)),
+        ("runs at", at(job.run_at, now) if job.state == "pending" else ""),
+        ("worker", "%s, since %s" % (job.locked_by, at(job.locked_at, now))
+         if job.locked_by else ""),
         ("error", job.last_error or ""),
     ]
     for name, text in facts:
@@ -4311,7 +4380,7 @@ def job_sheet(job: Job, runs: Sequence[Run], blocker: tuple[str, str] | None,
     if runs:
         yield ""
         yield from table(("RUN", "OUTCOME", "STARTED", "TOOK", "WORKER", "ERROR"), (
-                (str(run.number), run.outcome or "running", ago(run.started_at, now),
+                (str(run.number), run.outcome or "running", at(run.started_at, now),
                  format_age((from_iso(run.finished_at) if run.finished_at else now)
                             - from_iso(run.started_at)), run.worker, run.error or "")
                 for run in runs), coloured=1)
@@ -4331,20 +4400,23 @@ def status_sheet(status: Mapping[str, Any], now: float) -> Iterator[str]:
     if hour["runs"]:
         rate = status["runs_per_minute"]
         yield "rate      %.*f runs a minute in 5 minutes; " % (0 if rate >= 10 else 1, rate) \
-            + "%d in the last hour, %d of these failed" % (hour["runs"], hour["failed"])
+            + "%d in the last hour, %d of these runs failed" % (hour["runs"], hour["failed"])
         yield "duration  %s on average" % format_age(hour["mean_seconds"])
-    if len(status["queues"]) > 1 or paused:
+    workers, limits = status["workers"], status["limits"]
+    busy = sum(info.job is not None for info in workers)
+    yield "workers   " + ("%d, %d busy" % (len(workers), busy) if workers else "none runs")
+    if workers:
+        yield ""
+        yield from worker_table(workers, now)
+    if len(status["queues"]) > 1 or paused or limits:
         yield ""
         shown = ("pending", "processing", "failed", "scheduled", "blocked", "dead")
-        names = sorted(set(status["queues"]) | set(paused) - {EVERY_QUEUE})
+        names = sorted(set(status["queues"]) | set(paused) - {EVERY_QUEUE} | set(limits))
         yield from table(("QUEUE",) + tuple(word.upper() for word in shown) + ("",), (
             [name] + [str(status["queues"].get(name, {}).get(word, 0)) for word in shown]
-            + ["paused" if name in paused or EVERY_QUEUE in paused else ""] for name in names))
-    yield ""
-    if status["workers"]:
-        yield from worker_table(status["workers"], now)
-    else:
-        yield "no worker runs"
+            + [", ".join((["paused"] if {name, EVERY_QUEUE} & set(paused) else [])
+                         + (["limit %d" % limits[name]] if name in limits else []))]
+            for name in names))
 
 
 def worker_table(workers: Iterable[WorkerInfo], now: float) -> Iterator[str]:
@@ -4355,7 +4427,7 @@ def worker_table(workers: Iterable[WorkerInfo], now: float) -> Iterator[str]:
          (info.job or "idle") + (" (stopping)" if info.stop else "")) for info in workers))
 
 
-def prometheus(queues: Mapping[str, Mapping[str, int]],
+def prometheus(queues: Mapping[str, Mapping[str, int]], held: set[str],
                stats: Sequence[tuple[str, str, int, float]], workers: Sequence[WorkerInfo],
                oldest: float) -> Iterator[str]:
     """The text format 0.0.4 of
@@ -4370,10 +4442,16 @@ def prometheus(queues: Mapping[str, Mapping[str, int]],
             yield "queuectl_%s%s%s %.10g" % (
                 name, suffix, "{%s}" % ",".join(words) if words else "", value)
 
-    yield from metric("jobs", "gauge", "Jobs by queue and state; pending ones are ready.", (
-        ("", {"queue": queue, "state": state},
-         row[state] - (sum(row[view] for view in VIEWS) if state == "pending" else 0))
-        for queue, row in sorted(queues.items()) for state in STATES + VIEWS))
+    def states(queue: str) -> dict[str, int]:
+        row = dict(queues[queue])
+        ready = row["pending"] - sum(row[view] for view in VIEWS)
+        is_held = bool(held & {queue, EVERY_QUEUE})
+        return dict(row, pending=0 if is_held else ready, held=ready if is_held else 0)
+
+    yield from metric("jobs", "gauge", "Jobs by queue and state. Pending ones could run now; those "
+                      "of a queue that is paused or at its limit are held.", (
+        ("", {"queue": queue, "state": state}, jobs)
+        for queue in sorted(queues) for state, jobs in states(queue).items()))
     yield from metric("runs_total", "counter", "Runs that have ended, by queue and outcome.", (
         ("", {"queue": queue, "outcome": outcome}, runs) for queue, outcome, runs, _ in stats))
     totals: dict[str, list[float]] = {}
@@ -4443,6 +4521,16 @@ def checked(parse: Callable[[Any], Any]) -> Callable[[str], Any]:
 
 JSON = option("--json", action="store_true", help="print JSON")
 DURATION = checked(parse_duration)
+NUMBER = checked(parse_integer(0, 2 ** 31))
+IDS = option("id", nargs="*", metavar="ID")
+OF_QUEUE = option("--queue", type=checked(parse_queue), metavar="NAME", help="of this queue only")
+ALL = option("--all", action="store_true", help="of every queue")
+
+
+def require_selection(args: argparse.Namespace) -> None:
+    """UsageError unless the jobs are named in one of three ways."""
+    if bool(args.id) + (args.queue is not None) + args.all != 1:
+        raise UsageError("name the jobs, or --queue NAME, or --all")
 
 
 def print_json(value: Any) -> None:
@@ -4464,6 +4552,18 @@ def read_word(word: str) -> dict[str, Any]:
     return {"command": word}
 
 
+def refuse_misreading(words: Sequence[str]) -> None:
+    """UsageError for what is hardly meant as a command. QueueError for broken JSON."""
+    word = words[0]
+    if len(words) == 1 and (word == "-" or word[:1] == "@" or word.strip()[:1] == "[" and
+                            word.strip()[-1:] == "]" or word.endswith((".json", ".jsonl"))
+                            and os.path.exists(word)):
+        raise UsageError("%s is no command; many jobs come by --file FILE, or --file - from a pipe"
+                         % _shown(word))
+    if len(words) > 1:
+        refuse_bare_braces(word)
+
+
 def refuse_bare_braces(text: str) -> None:
     if text[:1] == "[" and text[1:].lstrip()[:1] == "{":
         raise QueueError("%s is an array; many jobs come by --file FILE, or --file - from a pipe"
@@ -4481,9 +4581,20 @@ def parse_json(text: str, place: str = "") -> Any:
         raise QueueError("%sbroken JSON: %s" % (place, error)) from None
 
 
-def read_file(path: str) -> Iterator[tuple[str, Any]]:
+def read_file(path: str, read: Callable[[BinaryIO], Iterator[tuple[str, Any]]]) \
+        -> Iterator[tuple[str, Any]]:
+    """What `read` finds in a file; `-` is stdin."""
+    if path == "-":
+        yield from read(sys.stdin.buffer)
+        return
     with open(path, "rb") as file:
-        yield from read_jobs(file)
+        yield from read(file)
+
+
+def read_lines(file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Pairs of a place and a job whose command is a line."""
+    for place, text in text_lines(file):
+        yield place, {"command": text}
 
 
 def read_jobs(file: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -4574,61 +4685,87 @@ def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
         print("\r\x1b[K", end="", file=sys.stderr)
 
 
-@command(
-    "enqueue", "add a job, or many", """queuectl.py enqueue 'sleep 2 && date'
-  queuectl.py enqueue '{"id": "job1", "command": "sleep 2"}'
-  queuectl.py enqueue --priority 5 --timeout 10m -- rsync -a 'my dir/' host:/x
-  queuectl.py enqueue --file jobs.jsonl""",
-    option("word", nargs="*", metavar="JOB",
-           help="a shell command line or a JSON job, in quotes; after --: a command and its "
-                "arguments, word for word"),
-    option("--file", metavar="FILE", help="a JSON array or JSON Lines of jobs; -: stdin"),
-    option("--id", type=checked(parse_name), help="its id (else a short random one)"),
+FIELD_OPTIONS = (
     option("--queue", type=checked(parse_queue), metavar="NAME", help="its queue (default)"),
     option("--priority", type=checked(FIELDS["priority"]), metavar="N",
            help="higher runs sooner (0)"),
     option("--max-retries", type=checked(FIELDS["max_retries"]), metavar="N",
-           help="attempts in all (the setting max_retries)"),
-    option("--timeout", type=DURATION, metavar="T", help="longest run, 0: no limit (job_timeout)"),
+           help="attempts in all (the setting max-retries)"),
+    option("--timeout", type=DURATION, metavar="T", help="longest run, 0: no limit (job-timeout)"),
     option("--delay", type=DURATION, metavar="T", help="run it after this time"),
     option("--run-at", type=checked(parse_time), metavar="TIME",
-           help="run it at 2026-01-31T08:00, epoch seconds, or +10m"),
+           help="run it at 2026-01-31T08:00, 23:30, epoch seconds, or +10m"),
     option("--cwd", type=checked(parse_cwd), metavar="DIR", help="its folder (the current one)"),
     option("--env", action="append", metavar="NAME[=VALUE]",
            help="set or copy a variable; repeatable"),
+)
+
+
+def given_fields(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The fields of a job that options name. UsageError."""
+    fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    try:
+        if "env" in fields:
+            fields["env"] = parse_env(fields["env"])
+    except QueueError as error:
+        raise UsageError("argument --env: %s" % error) from None
+    return fields
+
+
+def checked_number(text: str) -> int:
+    """UsageError unless the text is a number of jobs."""
+    try:
+        return parse_integer(1, 2 ** 31)(text)
+    except QueueError as error:
+        raise UsageError("%s; 1 or more, or none" % error) from None
+
+
+@command(
+    "enqueue", "add a job, or many", """queuectl.py enqueue 'sleep 2 && date'
+  queuectl.py enqueue '{"id": "job1", "command": "sleep 2"}'
+  queuectl.py enqueue --priority 5 --timeout 10m -- rsync -a 'my dir/' host:/x
+  queuectl.py enqueue --lines commands.txt""",
+    option("word", nargs="*", metavar="JOB",
+           help="a shell command line or a JSON job, in quotes; after --: a command and its "
+                "arguments, word for word"),
+    option("--file", metavar="FILE", help="a JSON array or JSON Lines of jobs; -: stdin"),
+    option("--lines", metavar="FILE", help="a shell command line per line; -: stdin"),
+    option("--id", type=checked(parse_name), help="its id (else a short random one)"),
+    *FIELD_OPTIONS,
     option("--after", action="append", type=checked(parse_name), metavar="ID",
            help="run it only once this job has completed; repeatable"),
     option("--unique", type=checked(parse_name), metavar="KEY",
            help="store nothing while a job with this key has not ended"), opens=False)
 def cmd_enqueue(args: argparse.Namespace) -> None:
-    defaults = {name: getattr(args, name) for name in FIELDS
-                if name != "command" and getattr(args, name) is not None}
-    if "env" in defaults:
-        defaults["env"] = checked_env(defaults["env"])
+    defaults = given_fields(args, [name for name in FIELDS if name != "command"])
     words, exact = args.word, args.exact
-    if (args.file is not None) + bool(words) + bool(exact) != 1:
-        raise UsageError("give one job, or words after --, or --file FILE")
-    if args.file is not None and args.id is not None:
-        raise UsageError("--id names one job; with --file each job has its own")
-    if len(words) > 1:
-        refuse_bare_braces(words[0])
+    path = args.file if args.lines is None else args.lines
+    if (args.file is not None) + (args.lines is not None) + bool(words) + bool(exact) != 1:
+        raise UsageError("give one job, or words after --, or --file FILE, or --lines FILE")
+    if path is not None and args.id is not None:
+        raise UsageError("--id names one job; in a file each job has its own")
+    if words:
+        refuse_misreading(words)
     if exact and not exact[0].strip():
         raise UsageError("the command behind -- is empty")
     if len(words) > 1 or exact:
         jobs: Iterable[tuple[str, Any]] = [("", {"command": quoted(words or exact)})]
     elif words:
         jobs = [("", read_word(words[0]))]
-    elif args.file == "-":
-        jobs = read_jobs(sys.stdin.buffer)
     else:
-        jobs = read_file(args.file)
+        jobs = read_file(path, read_jobs if args.lines is None else read_lines)
     skipped: list[str] = []
     with Queue(args.db) as queue:
         try:
-            queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), show_ids, say)
+            queues = queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), show_ids, say)
         except (OSError, ValueError) as error:
             raise QueueError("cannot read %s: %s" % (
-                args.file, getattr(error, "strerror", None) or error)) from None
+                path, getattr(error, "strerror", None) or error)) from None
+        if skipped and path is None:
+            raise QueueError("job %s has ended already; without its state it is a new one"
+                             % skipped[0])
+        for text in dict.fromkeys(text for name in queues[:3] for text in obstacles(queue, name)):
+            say(text)
     if skipped:
         say("%d job%s skipped, which had ended already: %s" % (
             len(skipped), " was" if len(skipped) == 1 else "s were", " ".join(skipped[:5])))
@@ -4643,13 +4780,6 @@ def show_ids(ids: Sequence[str]) -> None:
         raise
     except OSError as error:
         raise QueueError("stored, but the ids cannot be printed: %s" % error.strerror) from None
-
-
-def checked_env(words: list[str]) -> dict[str, str]:
-    try:
-        return parse_env(words)
-    except QueueError as error:
-        raise UsageError("argument --env: %s" % error) from None
 
 
 def quoted(words: Sequence[str]) -> str:
@@ -4687,7 +4817,11 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
     if not (args.detach or args.ensure):
         if options.log:
             require_log(options.log)
-        return Supervisor(options).run()
+        code = Supervisor(options).run()
+        if args.drain and not args.quiet:
+            with Queue(args.db) as queue:
+                say_what_is_left(queue, options.queues)
+        return code
     count, log = start_detached(options, args.ensure)
     if args.quiet and not count:
         return 0
@@ -4696,14 +4830,28 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
     return 0
 
 
+def say_what_is_left(queue: Queue, names: Sequence[str]) -> None:
+    """Tell why a drain has left pending jobs of the queues that it served (none named: all)."""
+    for name, row in sorted(queue.counts_by_queue().items()):
+        if row["pending"] and (not names or name in names):
+            for job in queue.jobs("pending", name, 1):
+                say("%s left in the queue %s; job %s waits: %s" % (
+                    counted(row["pending"], "job"), name, job.id,
+                    "; ".join(why_waiting(queue, job, served=True))))
+
+
 @command(
     "worker stop", "stop all workers, once their jobs are done",
     """queuectl.py worker stop
   queuectl.py worker stop --now        # ends the jobs and puts them back""",
+    option("name", nargs="*", metavar="WORKER", help="these, as worker list names them (all)"),
+    option("--queue", action="append", default=[], type=checked(parse_queue), metavar="NAME",
+           help="those started for just this queue, or these; repeatable"),
     option("--now", action="store_true", help="end the jobs and put them back unharmed"),
     option("--timeout", type=DURATION, metavar="T", help="give up waiting after this time"))
 def cmd_worker_stop(queue: Queue, args: argparse.Namespace) -> None:
-    count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue), say)
+    count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue), say,
+                         args.name, args.queue)
     say(counted(count, "worker") + " stopped" if count else
         "no worker runs on %s" % queue.path)
 
@@ -4752,10 +4900,10 @@ def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
     "list", "jobs, the oldest first", "queuectl.py list --state failed --limit 20",
     option("--state", choices=STATES + VIEWS, help="one of: " + ", ".join(STATES + VIEWS),
            metavar="STATE"),
-    option("--queue", type=checked(parse_queue), metavar="NAME", help="of this queue only"),
-    option("--limit", type=checked(parse_integer(0, 2 ** 31)), metavar="N", help="at most N"), JSON)
+    OF_QUEUE, option("--limit", type=NUMBER, metavar="N", help="at most N"),
+    option("--last", type=NUMBER, metavar="N", help="the newest N"), JSON)
 def cmd_list(queue: Queue, args: argparse.Namespace) -> None:
-    jobs = queue.jobs(args.state, args.queue, args.limit)
+    jobs = queue.jobs(args.state, args.queue, args.limit, args.last)
     if args.json:
         print_job_array(jobs)
     else:
@@ -4778,7 +4926,7 @@ def cmd_show(queue: Queue, args: argparse.Namespace) -> None:
     if args.json:
         print_json(dict(job.as_dict(), runs=[run.as_dict() for run in runs]))
     else:
-        show_lines(job_sheet(job, runs, queue.blocker(job), time.time()))
+        show_lines(job_sheet(job, runs, why_waiting(queue, job), time.time()))
 
 
 @command(
@@ -4790,11 +4938,17 @@ def cmd_show(queue: Queue, args: argparse.Namespace) -> None:
 def cmd_logs(queue: Queue, args: argparse.Namespace) -> None:
     sys.stdout.flush()
     job = queue.get(args.id)
-    if args.follow and job.state not in ENDED:
-        warn_of_no_worker(queue)
-    for data in follow(queue, job, args.run, args.follow):
+    if args.follow:
+        say_why(queue, job)
+    printed = False
+    for number, data in follow(queue, job, args.run, args.follow):
+        if number > 1 and args.follow and not data:
+            say("run %d of job %s" % (number, job.id))
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+        printed |= bool(data)
+    if not printed:
+        say("job %s has printed nothing" % job.id)
 
 
 @command(
@@ -4807,12 +4961,14 @@ def cmd_wait(queue: Queue, args: argparse.Namespace) -> None:
     def tell(done: int, failed: int, left: int) -> None:
         nonlocal start
         if not start and left:
-            warn_of_no_worker(queue)
+            waiting = args.id or [job.id for job in queue.jobs("pending", limit=1)]
+            for job in map(queue.get, waiting[:1]):
+                say_why(queue, job)
         start = start or time.monotonic()
         if live:
             rate = (done + failed) / max(time.monotonic() - start, 0.001)
             rest = ", %.1f/s, about %s" % (rate, format_age(left / rate)) if rate and left else ""
-            print("\r\x1b[K%d done, %d failed, %d left%s" % (done, failed, left, rest),
+            print("\r\x1b[K%d completed, %d not, %d left%s" % (done, failed, left, rest),
                   end="", file=sys.stderr, flush=True)
 
     try:
@@ -4822,64 +4978,94 @@ def cmd_wait(queue: Queue, args: argparse.Namespace) -> None:
             print(file=sys.stderr)  # what is said next has a line of its own
 
 
-def warn_of_no_worker(queue: Queue) -> None:
-    """Tell who looks on that there is nobody to wait for."""
-    if is_terminal(sys.stderr) and not queue.workers():
-        say("no worker runs now; start one: worker start")
+def say_why(queue: Queue, job: Job) -> None:
+    """Tell who looks on why a job waits."""
+    reasons = why_waiting(queue, job)
+    if reasons:
+        say("job %s waits: %s" % (job.id, "; ".join(reasons)))
 
 
-@command("cancel", "keep a pending job from running; end a running one",
-         "queuectl.py cancel job1 job2", option("id", nargs="+", metavar="ID"))
+@command("cancel", "keep pending jobs from running; end running ones",
+         "queuectl.py cancel job1 job2", IDS, OF_QUEUE, ALL)
 def cmd_cancel(queue: Queue, args: argparse.Namespace) -> None:
-    jobs = queue.cancel(args.id)
-    if any(job.state == "processing" for job in jobs):
-        Rescuer().finish(queue, lambda text: None)  # its worker may be dead
+    require_selection(args)
+    jobs: list[Job] = []
+    if args.id:
+        jobs = queue.cancel(args.id)
+    else:
+        say("%s cancelled" % counted(queue.cancel_all(args.queue), "job"))
+    Rescuer().finish(queue, lambda text: None)  # their workers may be dead
     for job in jobs:
         if queue.get(job.id).state == "processing":
             say("job %s is being ended" % job.id)
 
 
-@command("dlq list", "dead jobs and why they died", "queuectl.py dlq list", JSON)
+@command(
+    "edit", "change a job that does not run", "queuectl.py edit job1 --priority 5 --timeout 1h",
+    option("id", metavar="ID"), option("--command", dest="new_command", type=checked(parse_text),
+                                       metavar="C", help="another command"),
+    *FIELD_OPTIONS)
+def cmd_edit(queue: Queue, args: argparse.Namespace) -> None:
+    fields = given_fields(args, ("queue", "priority", "max_retries", "timeout", "delay", "run_at",
+                                 "cwd", "env"))
+    if args.new_command is not None:
+        fields["command"] = args.new_command
+    if not fields:
+        raise UsageError("say what to change, such as --priority 5 (see: %s)" % hint("edit --help"))
+    queue.edit(args.id, **fields)
+
+
+@command("dlq list", "dead jobs and why they died", "queuectl.py dlq list", OF_QUEUE, JSON)
 def cmd_dlq_list(queue: Queue, args: argparse.Namespace) -> None:
-    jobs = queue.jobs("dead")
+    jobs = queue.jobs("dead", args.queue)
     if args.json:
         print_job_array(jobs)
     else:
         show_lines(dead_table(jobs, time.time()))
 
 
-@command(
-    "dlq retry", "make dead or cancelled jobs pending again, attempts at 0",
-    "queuectl.py dlq retry job1", option("id", nargs="*", metavar="ID"),
-    option("--all", action="store_true", help="every dead job"))
+@command("dlq retry", "make dead or cancelled jobs pending again, attempts at 0",
+         "queuectl.py dlq retry job1", IDS, OF_QUEUE, ALL)
 def cmd_dlq_retry(queue: Queue, args: argparse.Namespace) -> None:
-    if bool(args.id) == args.all:
-        raise UsageError("name the jobs to retry, or --all")
-    if args.all:
-        say("%s pending again" % counted(queue.retry_all(note=say), "job"))
-    else:
+    require_selection(args)
+    if args.id:
         queue.retry(args.id)
+    else:
+        say("%s pending again" % counted(queue.retry_all(args.queue, say), "dead job"))
+
+
+OLDER_THAN = option("--older-than", type=DURATION, default=0.0, metavar="T",
+                    help="only those that ended longer ago")
 
 
 @command("dlq purge", "delete dead jobs", "queuectl.py dlq purge --older-than 30d",
-         option("--older-than", type=DURATION, default=0.0, metavar="T",
-                help="only those that died longer ago"))
+         IDS, OF_QUEUE, ALL, OLDER_THAN)
 def cmd_dlq_purge(queue: Queue, args: argparse.Namespace) -> None:
-    say("%s deleted" % counted(queue.prune(("dead",), args.older_than), "dead job"))
+    if args.id:
+        if args.older_than:
+            raise UsageError("name the jobs, or --older-than T")
+        require_selection(args)
+        queue.purge(args.id)
+    else:
+        say("%s deleted" % counted(queue.prune(("dead",), args.older_than, args.queue),
+                                   "dead job"))
 
 
 @command("config list", "every setting", "queuectl.py config list")
 def cmd_config_list(queue: Queue, args: argparse.Namespace) -> None:
     values = queue.settings()
     show_lines(table(("SETTING", "VALUE", "MEANING"), (
-        (name, found.format(values[name]), found.help) for name, found in SETTINGS.items())))
+        (name.replace("_", "-"), found.format(values[name]), found.help)
+        for name, found in SETTINGS.items())))
 
 
 @command("config get", "one setting", "queuectl.py config get max_retries",
-         option("key", metavar="KEY"))
+         option("key", nargs="?", metavar="KEY", help="(all of them)"))
 def cmd_config_get(queue: Queue, args: argparse.Namespace) -> None:
-    found = setting(args.key)
-    print(found.format(queue.settings()[found.name]))
+    values = queue.settings()
+    for name in SETTINGS if args.key is None else [setting(args.key).name]:
+        text = SETTINGS[name].format(values[name])
+        print(text if args.key else "%s %s" % (name.replace("_", "-"), text))
 
 
 @command("config set", "change a setting", "queuectl.py config set max-retries 5",
@@ -4898,6 +5084,8 @@ def cmd_config_unset(queue: Queue, args: argparse.Namespace) -> None:
          option("queue", nargs="?", metavar="QUEUE", help="of this queue (of any)"))
 def cmd_pause(queue: Queue, args: argparse.Namespace) -> None:
     queue.pause(args.queue)
+    if args.queue is not None and next(queue.jobs(queue=args.queue, limit=1), None) is None:
+        say("the queue %s, which has no job yet, is paused" % args.queue)
 
 
 @command("resume", "hand out jobs again", "queuectl.py resume mail",
@@ -4905,24 +5093,33 @@ def cmd_pause(queue: Queue, args: argparse.Namespace) -> None:
 def cmd_resume(queue: Queue, args: argparse.Namespace) -> None:
     queue.resume(args.queue)
     if args.queue is not None and EVERY_QUEUE in queue.paused():
-        say("all queues are still paused; to go on: resume")
+        say("all queues are still paused; to go on: " + hint("resume"))
 
 
 @command(
     "prune", "delete ended jobs that nothing waits for",
-    "queuectl.py prune --older-than 7d --state completed",
-    option("--older-than", type=DURATION, default=0.0, metavar="T",
-           help="only those that ended longer ago"),
+    "queuectl.py prune --older-than 7d --state completed", OLDER_THAN, OF_QUEUE, ALL,
     option("--state", choices=ENDED, help="only these: " + ", ".join(ENDED), metavar="STATE"))
 def cmd_prune(queue: Queue, args: argparse.Namespace) -> None:
     states = [args.state] if args.state else ENDED
-    say("%s deleted" % counted(queue.prune(states, args.older_than), "job"))
+    say("%s deleted" % counted(queue.prune(states, args.older_than, args.queue), "job"))
+
+
+@command("limit", "run at most N jobs of a queue at once", "queuectl.py limit deploy 1",
+         option("queue", type=checked(parse_queue), metavar="QUEUE"),
+         option("number", nargs="?", metavar="N", help="at most N, or none for no limit; without "
+                "it the limit is printed"))
+def cmd_limit(queue: Queue, args: argparse.Namespace) -> None:
+    if args.number is None:
+        print(queue.limits().get(args.queue, "none"))
+    else:
+        queue.limit(args.queue, None if args.number == "none" else checked_number(args.number))
 
 
 @command("metrics", "numbers for Prometheus", "queuectl.py metrics > queuectl.prom")
 def cmd_metrics(queue: Queue, args: argparse.Namespace) -> None:
     oldest = queue.oldest_ready()
-    show_lines(prometheus(queue.counts_by_queue(), queue.stats(), queue.workers(),
+    show_lines(prometheus(queue.counts_by_queue(), queue.held(), queue.stats(), queue.workers(),
                           max(0.0, time.time() - oldest) if oldest else 0.0))
 
 
@@ -5040,10 +5237,11 @@ def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
         return parser.add_subparsers(metavar="COMMAND", parser_class=Parser, required=True,
                                      dest="command")
 
-    parser = Parser(prog="queuectl.py", formatter_class=HelpFormatter,
+    program = " ".join(_called["as"])
+    parser = Parser(prog=program, formatter_class=HelpFormatter,
                     description="A durable job queue for shell commands, in one file.",
-                    epilog="example:\n  queuectl.py enqueue 'echo hello'\n"
-                           "  queuectl.py worker start --count 2")
+                    epilog="example:\n  %s\n  %s" % (hint("enqueue 'echo hello'"),
+                                                    hint("worker start --count 2")))
     parser.add_argument("--version", action="version", version="queuectl " + __version__)
     database(parser)
     top = commands(parser)
@@ -5057,7 +5255,7 @@ def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
                                                     description=GROUPS[group]))
         sub = (groups[group] if rest else top).add_parser(
             rest or name, help=found.help, description=found.help + ".",
-            epilog="example:\n  " + found.example,
+            epilog="example:\n  " + found.example.replace("queuectl.py", program),
             formatter_class=HelpFormatter)
         database(sub)
         for flags, details in found.options:
@@ -5090,7 +5288,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.db = getattr(args, "db", None)
     if args.db == "":
         raise UsageError("argument --db: the path is empty")
+    if args.db is not None:
+        called_as(_called["as"], ["--db", args.db])
     return args
+
+
+def program_words() -> list[str]:
+    """How this program was called, as words that can be typed again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    folder, name = os.path.split(sys.argv[0])
+    python = os.path.basename(sys.executable)
+    if spec is not None:
+        return [python, "-m", spec.name]
+    if not folder and not os.path.exists(name) \
+            or os.access(sys.argv[0], os.X_OK) and folder in os.environ.get("PATH", "").split(":"):
+        return [name]
+    return [sys.argv[0]] if folder and os.access(sys.argv[0], os.X_OK) else [python, sys.argv[0]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5106,6 +5319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         try:
+            called_as(program_words() if argv is None else ["queuectl.py"])
             args = parse_arguments(sys.argv[1:] if argv is None else argv)
             code = args.run_command(args)
             sys.stdout.flush()
