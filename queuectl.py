@@ -402,7 +402,7 @@ def _shown(value: Any) -> str:
     try:
         text = json.dumps(value, default=repr)
     except RecursionError:
-        text = "a value nested so deep"
+        text = "a value nested too deep"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -1878,6 +1878,10 @@ COUNT_WAITING = """
 COUNT_WAITING_BY_QUEUE = """
     SELECT 'pending', hold, queue, count(*) FROM jobs WHERE hold > 0 AND hold = :hold
     GROUP BY queue"""
+IDS_LIKE = """
+    SELECT * FROM (SELECT id FROM (SELECT id FROM jobs ORDER BY seq DESC LIMIT 10000)
+                   WHERE id BETWEEN :low AND :high LIMIT 200)
+    UNION SELECT * FROM (SELECT id FROM jobs WHERE id BETWEEN :low AND :high LIMIT 200)"""
 STANDING_BEFORE = """
     SELECT count(*) FROM jobs WHERE hold = 0 AND queue = :queue
         AND (priority > :priority OR priority = :priority AND seq < :seq)"""
@@ -2498,6 +2502,11 @@ class Queue(Database):
             fields.update(exit_code=None, started_at=None, finished_at=None)
         return Job(**fields)
 
+    def ids(self, prefix: str) -> list[str]:
+        """Ids that begin with `prefix`: up to 200 of the newest 10,000 jobs, and 200 of all."""
+        return [row["id"] for row in self._rows(IDS_LIKE, {
+            "low": prefix, "high": prefix + "\U0010ffff"})]
+
     def _named(self, ids: Sequence[str]) -> list[Job]:
         return [self.get(id) for id in dict.fromkeys([ids] if isinstance(ids, str) else ids)]
 
@@ -3058,10 +3067,9 @@ class Queue(Database):
         `error` a doubt()."""
         return self._rows(OPEN_RUNS)
 
-    def orphans(self) -> list[sqlite3.Row]:
+    def orphans(self, rows: list[sqlite3.Row]) -> list[sqlite3.Row]:
         """Those of the open runs whose worker is dead."""
         alive: dict[str, bool] = {}
-        rows = self.open_runs()
         for row in rows:
             name = row["worker"]
             if name not in alive:
@@ -3148,6 +3156,7 @@ class Rescuer:
     def __init__(self) -> None:
         self.next_look = 0.0  # time.monotonic()
         self.dying = False  # whether it has to look again soon
+        self.watching = True  # whether any run goes on: otherwise nobody has to look
         self._pause = 0.0
         self._unseen: set[int] = set()  # runs of which nothing was seen the last time
 
@@ -3155,7 +3164,9 @@ class Rescuer:
         """How many jobs were taken back now. QueueError."""
         self.dying, self.next_look = False, time.monotonic() + TICK
         try:
-            rows = queue.orphans()
+            runs = queue.open_runs()
+            self.watching = bool(runs)
+            rows = queue.orphans(runs)
             self._unseen.intersection_update(row["run"] for row in rows)
             count = sum(self._take_back(queue, row, note) for row in rows)
         except OSError as error:
@@ -3412,6 +3423,7 @@ class Execution:
 # A process sleeps in one place, Worker._sleep or Supervisor._wait. What it owes to others is done
 # there, once a TICK, whether it is idle or its jobs follow one another at once.
 
+SUPERVISION = 5 * TICK  # the same of a supervisor, whose workers hear orders for it, too
 HOUSEKEEPING = 60.0  # seconds between two looks for completed jobs past keep_completed
 SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
@@ -3470,6 +3482,7 @@ class Worker:
         self._rescuer = Rescuer()
         self._next_look = 0.0  # when it looks around, whatever happens: once a TICK
         self._rung = False  # whether something may have changed since _work looked
+        self._clock = 0.0
         self._complaints: set[str] = set()
 
     def main(self) -> int:
@@ -3663,14 +3676,11 @@ class Worker:
     def _idle(self) -> None:
         """Sleep until a claim is worth trying."""
         os.chdir(os.sep)
-        while self._level == RUN and not self._rung:
-            try:
-                due = self._queue.next_due()
-                self._sleep(math.inf if due is None else time.monotonic() + due - time.time())
-                if due is not None and due <= time.time() or self._queue.changed():
-                    return
-            except DatabaseUnavailable:
-                self._pause()
+        due = None
+        with contextlib.suppress(DatabaseUnavailable):
+            due = self._queue.next_due()
+        while self._level == RUN and not self._rung and not (due and due <= time.time()):
+            self._sleep(math.inf if due is None else time.monotonic() + due - time.time())
 
     def _pause(self) -> None:
         """Sleep for a TICK, or until another order comes."""
@@ -3701,13 +3711,21 @@ class Worker:
         tick = now >= self._next_look
         if tick:
             self._next_look = now + TICK
+            with contextlib.suppress(DatabaseUnavailable):
+                self._rung |= self._queue.changed() | self._clock_was_set()
         if tick or self._rung:
             self._look_around()
-        if tick or self._rescuer.dying and now >= self._rescuer.next_look:
+        if tick and (self._rung or self._rescuer.watching) \
+                or self._rescuer.dying and now >= self._rescuer.next_look:
             # Its own job must not wait for that.
             with contextlib.suppress(DatabaseUnavailable), self._queue.impatient():
                 self._rung |= self._rescuer.look(self._queue, self._log.warn) > 0
         return ready
+
+    def _clock_was_set(self) -> bool:
+        """Whether the wall clock has jumped since the last call: what is due may be another."""
+        before, self._clock = self._clock, time.time() - time.monotonic()
+        return abs(self._clock - before) > TICK
 
     def _look_around(self) -> None:
         """See whether the database and the lock are in place, and what is ordered. QueueError."""
@@ -3845,7 +3863,8 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Sleep until a child has died, a signal or an order has come, or something is due."""
-        until = min(time.monotonic() + TICK, min(seat.replace_at for seat in self._seats.values()),
+        until = min(time.monotonic() + SUPERVISION, self._next_keeping,
+                    min(seat.replace_at for seat in self._seats.values()),
                     self._rescuer.next_look if self._rescuer.dying else math.inf)
         if self._bell.fd in self._waiter.wait(until - time.monotonic()):
             self._bell.clear()
@@ -4041,7 +4060,7 @@ def gather_status(queue: Queue) -> dict[str, Any]:
         "paused": queue.paused(),
         "limits": queue.limits(),
         "workers": queue.workers(),
-        "orphaned": len(queue.orphans()),
+        "orphaned": len(queue.orphans(queue.open_runs())),
         "oldest_ready_seconds": None if oldest is None else round(max(0.0, now - oldest), 3),
         # Stats are by the minute, so the last five began up to six minutes ago.
         "runs_per_minute": round(60 * summary(queue.stats(now - 300))["runs"]
@@ -4159,12 +4178,12 @@ def require_log(path: str) -> None:
 
 def own_command() -> list[str]:
     """How another interpreter runs this program for long: it imports the file, if it can, since
-    Python keeps the syntax tree of a script (9 MB) while it runs."""
+    that is compiled only once, and compiling leaves 14 MB behind in each process."""
     folder, name = os.path.split(os.path.abspath(__file__))
     module, ending = os.path.splitext(name)
     if ending != ".py" or not module.isidentifier():
         return [sys.executable, os.path.join(folder, name)]
-    return [sys.executable, "-B", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+    return [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
             "from %s import main; sys.exit(main())" % module, folder]
 
 
@@ -4519,6 +4538,10 @@ def checked(parse: Callable[[Any], Any]) -> Callable[[str], Any]:
     return convert
 
 
+DATABASE = option("--db", default=argparse.SUPPRESS, metavar="PATH",
+                  help="the database ($QUEUECTL_DB, or one in your state folder)")
+READ_SIZE = 1 << 16  # bytes of a file of jobs that are read at once
+LONGEST_JOB = 1 << 24  # characters of one job in such a file
 JSON = option("--json", action="store_true", help="print JSON")
 DURATION = checked(parse_duration)
 NUMBER = checked(parse_integer(0, 2 ** 31))
@@ -4533,10 +4556,6 @@ def require_selection(args: argparse.Namespace) -> None:
         raise UsageError("name the jobs, or --queue NAME, or --all")
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
 def own_job(queue: Queue) -> str | None:
     """The id of the job that this command runs in, if it is one of the same queue."""
     same = os.environ.get("QUEUECTL_DB") == queue.path
@@ -4547,7 +4566,10 @@ def read_word(word: str) -> dict[str, Any]:
     """One word on the command line: a JSON job, or a shell command line."""
     text = word.lstrip()
     if text[:1] == "{" and text[1:].lstrip()[:1] in ('"', "}"):
-        return dict(parse_json(text))
+        try:
+            return dict(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise QueueError("broken JSON: %s" % error) from None
     refuse_bare_braces(text)
     return {"command": word}
 
@@ -4574,13 +4596,6 @@ def refuse_bare_braces(text: str) -> None:
                          "\"sleep 2\"" % _shown(text))
 
 
-def parse_json(text: str, place: str = "") -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise QueueError("%sbroken JSON: %s" % (place, error)) from None
-
-
 def read_file(path: str, read: Callable[[BinaryIO], Iterator[tuple[str, Any]]]) \
         -> Iterator[tuple[str, Any]]:
     """What `read` finds in a file; `-` is stdin."""
@@ -4593,67 +4608,70 @@ def read_file(path: str, read: Callable[[BinaryIO], Iterator[tuple[str, Any]]]) 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Pairs of a place and a job whose command is a line."""
-    for place, text in text_lines(file):
-        yield place, {"command": text}
-
-
-def read_jobs(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """Pairs of a place and a job from JSON Lines or a JSON array, line by line."""
-    lines = text_lines(file)
-    for place, text in lines:
-        if text[0] == "[":
-            yield from read_array(place, text[1:], lines)
-            return
-        yield place, parse_json(text, place)
-        break
-    for place, text in lines:
-        yield place, parse_json(text, place)
-
-
-def text_lines(file: BinaryIO) -> Iterator[tuple[str, str]]:
-    """Pairs of a place ("line 3: ") and a line that is not blank, without blanks around it."""
     for number, line in enumerate(file, 1):
-        place = "line %d: " % number
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError:
-            raise QueueError(place + "is not UTF-8 text") from None
+            raise QueueError("line %d: is not UTF-8 text" % number) from None
         if text:
-            yield place, text
+            yield "line %d: " % number, {"command": text}
 
 
-def read_array(place: str, text: str, lines: Iterator[tuple[str, str]]) \
-        -> Iterator[tuple[str, Any]]:
-    """The jobs of a JSON array: `text` is what follows its bracket, `lines` are the next ones."""
-    def behind_blanks(position: int) -> int:
-        while text[position:position + 1].isspace():
-            position += 1
-        return position
+def read_jobs(file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Pairs of a place ("line 3: ") and a value, of JSON Lines or of one JSON array. However long
+    the file is, no more of it is held than a value and what was read with it. QueueError."""
+    import codecs
+    import re
+    # Bytes that are no UTF-8 become what no field may hold: who meets it knows the line.
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    parse, blanks = json.JSONDecoder().raw_decode, re.compile("[ \t\r\n]*").match
+    text, at, line = "", 0, 1  # what is held, the place in it, and the line that this is on
 
-    decoder, position, first = json.JSONDecoder(), 0, True
-    while True:
-        start = behind_blanks(position)
-        if text[start:start + 1] == "]":
-            if text[start + 1:] or next(lines, None):
-                raise QueueError(place + "there is something behind the end of the array")
-            return
-        if not first and start < len(text):
-            if text[start] != ",":
-                raise QueueError(place + "broken JSON: expected , or ] between jobs")
-            start = behind_blanks(start + 1)
+    def hold_more() -> bool:
+        nonlocal text, at
+        data = file.read(max(READ_SIZE, len(text) - at))
+        text, at = text[at:] + decode(data, not data), 0
+        return bool(data)
+
+    def ahead(end: int) -> str:
+        """Go on to `end` and the next character that is no blank; "" at the end of the file."""
+        nonlocal at, line
+        while True:
+            end = blanks(text, end).end()  # type: ignore[union-attr]  # none are blanks, too
+            line += text.count("\n", at, end)
+            at = end
+            if at < len(text) or not hold_more():
+                return text[at:at + 1]
+            end = 0
+
+    def broken(why: object) -> QueueError:
+        if at == len(text):
+            why = "the array does not end"
+        elif not text[at].isprintable():
+            why = "this is no UTF-8 text"
+        return QueueError("line %d: broken JSON: %s" % (line, why))
+
+    array = ahead(0) == "["
+    last = "]" if array else ""
+    mark = ahead(at + array)
+    while mark != last:
         try:
-            job, position = decoder.raw_decode(text, start)
+            value, end = parse(text, at)
         except (ValueError, RecursionError) as error:
-            if getattr(error, "pos", 0) < len(text):
-                raise QueueError("%sbroken JSON: %s" % (
-                    place, getattr(error, "msg", error))) from None
-            more = next(lines, None)  # or the rest is on the next line
-            if more is None:
-                raise QueueError(place + "broken JSON: the array does not end") from None
-            place, text, position = more[0], text[position:] + "\n" + more[1], 0
+            # It may only be cut off: not where its line has ended, and not for ever.
+            if "\n" in text[getattr(error, "pos", 0):] or len(text) - at > LONGEST_JOB \
+                    or not hold_more():
+                raise broken(getattr(error, "msg", error)) from None
             continue
-        first = False
-        yield place, job
+        start = line
+        yield "line %d: " % start, value
+        mark = ahead(end)
+        if mark == "," and array:
+            ahead(at + 1)  # what follows has to be a value
+        elif mark != last and (array or line == start):
+            raise broken("expected , or ] between jobs" if array else "two jobs on one line")
+    if array and ahead(at + 1):
+        raise broken("there is something behind the end of the array")
 
 
 def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any],
@@ -4666,14 +4684,15 @@ def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
         if live and number % 10000 == 0:
             print("\rqueuectl: %d jobs read" % number, end="", file=sys.stderr, flush=True)
         if isinstance(job, dict) and job.get("state") in ENDED:
-            skipped.append(str(job.get("id")))
+            skipped.append(job["id"] if isinstance(job.get("id"), str) else "")
             if job["state"] == "completed":
-                completed.add(job.get("id"))
+                completed.add(skipped[-1])
             continue
         if isinstance(job, dict) and (defaults or completed):
             own = {name: value for name, value in job.items() if value is not None}
             if isinstance(own.get("after"), list):
-                own["after"] = [id for id in own["after"] if id not in completed]
+                own["after"] = [id for id in own["after"]
+                                if not (isinstance(id, str) and id in completed)]
             job = {**defaults, **own}
             if "delay" in own or "run_at" in own:  # either is the job's own choice
                 job.update(delay=own.get("delay"), run_at=own.get("run_at"))
@@ -4696,19 +4715,16 @@ FIELD_OPTIONS = (
     option("--run-at", type=checked(parse_time), metavar="TIME",
            help="run it at 2026-01-31T08:00, 23:30, epoch seconds, or +10m"),
     option("--cwd", type=checked(parse_cwd), metavar="DIR", help="its folder (the current one)"),
-    option("--env", action="append", metavar="NAME[=VALUE]",
-           help="set or copy a variable; repeatable"),
+    option("--env", action="append", type=checked(lambda word: parse_env([word])),
+           metavar="NAME[=VALUE]", help="set or copy a variable; repeatable"),
 )
 
 
 def given_fields(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The fields of a job that options name. UsageError."""
+    """The fields of a job that options name."""
     fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    try:
-        if "env" in fields:
-            fields["env"] = parse_env(fields["env"])
-    except QueueError as error:
-        raise UsageError("argument --env: %s" % error) from None
+    if "env" in fields:
+        fields["env"] = {name: text for env in args.env for name, text in env.items()}
     return fields
 
 
@@ -4767,8 +4783,8 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
         for text in dict.fromkeys(text for name in queues[:3] for text in obstacles(queue, name)):
             say(text)
     if skipped:
-        say("%d job%s skipped, which had ended already: %s" % (
-            len(skipped), " was" if len(skipped) == 1 else "s were", " ".join(skipped[:5])))
+        say("%s skipped, which had ended already: %s" % (
+            counted(len(skipped), "job"), " ".join(skipped[:5])))
 
 
 def show_ids(ids: Sequence[str]) -> None:
@@ -4859,10 +4875,8 @@ def cmd_worker_stop(queue: Queue, args: argparse.Namespace) -> None:
 @command("worker list", "the workers that are alive", "queuectl.py worker list --json", JSON)
 def cmd_worker_list(queue: Queue, args: argparse.Namespace) -> None:
     workers = queue.workers()
-    if args.json:
-        print_json([info.as_dict() for info in workers])
-    elif workers:
-        show_lines(worker_table(workers, time.time()))
+    if workers or args.json:
+        show(args, workers, worker_table(workers, time.time()))
     else:
         say("no worker runs on %s" % queue.path)
 
@@ -4870,6 +4884,20 @@ def cmd_worker_list(queue: Queue, args: argparse.Namespace) -> None:
 def show_lines(lines: Iterable[str]) -> None:
     for line in lines:
         print(line)
+
+
+def show(args: argparse.Namespace, value: Any, lines: Iterable[str]) -> None:
+    """Print a result: as JSON with --json (`value` is a dictionary, or records), or as lines."""
+    if not args.json:
+        show_lines(lines)
+    elif isinstance(value, dict):
+        print(json.dumps(value, indent=2))
+    else:  # a record a line: it streams, and `enqueue --file` reads it
+        between = "[\n"
+        for record in value:
+            print(between + json.dumps(record.as_dict()), end="")
+            between = ",\n"
+        print("[]" if between == "[\n" else "\n]")
 
 
 @command(
@@ -4887,12 +4915,10 @@ def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
         sys.stdout.flush()
         time.sleep(1)
     status = gather_status(queue)
-    if args.json:
-        print_json(dict(status, workers=[info.as_dict() for info in status["workers"]]))
-        return
-    show_lines(status_sheet(status, time.time()))
+    show(args, dict(status, workers=[info.as_dict() for info in status["workers"]]),
+         status_sheet(status, time.time()))
     warning = status_warning(status)
-    if warning:
+    if warning and not args.json:
         say(warning)
 
 
@@ -4904,29 +4930,15 @@ def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
     option("--last", type=NUMBER, metavar="N", help="the newest N"), JSON)
 def cmd_list(queue: Queue, args: argparse.Namespace) -> None:
     jobs = queue.jobs(args.state, args.queue, args.limit, args.last)
-    if args.json:
-        print_job_array(jobs)
-    else:
-        show_lines(job_table(jobs, queue.blocker, time.time()))
-
-
-def print_job_array(jobs: Iterable[Job]) -> None:
-    """A JSON array, a job a line: it streams, and `enqueue --file` reads it."""
-    between = "[\n"
-    for job in jobs:
-        print(between + json.dumps(job.as_dict()), end="")
-        between = ",\n"
-    print("[]" if between == "[\n" else "\n]")
+    show(args, jobs, job_table(jobs, queue.blocker, time.time()))
 
 
 @command("show", "one job with all its runs", "queuectl.py show job1 --json",
          option("id", metavar="ID"), JSON)
 def cmd_show(queue: Queue, args: argparse.Namespace) -> None:
     job, runs = queue.get(args.id), queue.runs(args.id)
-    if args.json:
-        print_json(dict(job.as_dict(), runs=[run.as_dict() for run in runs]))
-    else:
-        show_lines(job_sheet(job, runs, why_waiting(queue, job), time.time()))
+    show(args, dict(job.as_dict(), runs=[run.as_dict() for run in runs]),
+         job_sheet(job, runs, why_waiting(queue, job), time.time()))
 
 
 @command(
@@ -5018,10 +5030,7 @@ def cmd_edit(queue: Queue, args: argparse.Namespace) -> None:
 @command("dlq list", "dead jobs and why they died", "queuectl.py dlq list", OF_QUEUE, JSON)
 def cmd_dlq_list(queue: Queue, args: argparse.Namespace) -> None:
     jobs = queue.jobs("dead", args.queue)
-    if args.json:
-        print_job_array(jobs)
-    else:
-        show_lines(dead_table(jobs, time.time()))
+    show(args, jobs, dead_table(jobs, time.time()))
 
 
 @command("dlq retry", "make dead or cancelled jobs pending again, attempts at 0",
@@ -5123,100 +5132,121 @@ def cmd_metrics(queue: Queue, args: argparse.Namespace) -> None:
                           max(0.0, time.time() - oldest) if oldest else 0.0))
 
 
-BASH_COMPLETION = """\
-_queuectl() {
-    local word skip="" name="" place=0 words="" current="${COMP_WORDS[COMP_CWORD]}"
-    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        [ -n "$skip" ] && { skip=""; continue; }
-        case "$word" in
-            %(valued)s) skip="$word" ;;
-            -*) ;;
-            *) if [ $place -lt 2 ]; then
-                   case " %(groups)s " in *" $name "*) name="$name $word"; place=2 ;;
-                       *) [ -z "$name" ] && name="$word" ;; esac
-               fi ;;
-        esac
-    done
-    case "${COMP_WORDS[COMP_CWORD-1]}" in
-        --state) words="%(states)s"; [ "$name" = prune ] && words="%(ended)s"
-            COMPREPLY=($(compgen -W "$words" -- "$current")); return ;;
-        --db|--file|--log|--cwd) COMPREPLY=($(compgen -f -- "$current")); return ;;
-    esac
-    case "$name" in
-%(cases)s
-    esac
-    COMPREPLY=($(compgen -W "$words" -- "$current"))
-}
-complete -o default -F _queuectl queuectl queuectl.py
-"""
+def plain_words(words: Sequence[str], valued: Sequence[str] = ("--db",)) -> list[str]:
+    """The words that are no options, nor values of the `valued` ones."""
+    return [word for before, word in zip(("", *words), words)
+            if word[:1] != "-" and before not in valued]
 
 
-def completion_words() -> dict[str, list[str]]:
-    """What can follow each command: "" stands for none yet."""
-    words: dict[str, list[str]] = {"": ["--db", "--help", "--version"]}
-    for name, found in COMMANDS.items():
-        group, _, rest = name.partition(" ")
-        words[""] += [group] if group not in words[""] else []
-        if rest:
-            words.setdefault(group, []).append(rest)
-        words[name] = [flag for flags, _ in found.options for flag in flags
-                       if flag.startswith("--")] + ["--db", "--help"]
-        words[name] += [choice for flags, details in found.options
-                        for choice in details.get("choices", ()) if flags[0][0] != "-"]
-        if name in ("config get", "config set", "config unset"):
-            words[name] += list(SETTINGS)
-    return words
+def chosen_command(words: Sequence[str]) -> str:
+    """The command that a command line names: its first word, or of a group the first two."""
+    names = plain_words(words)
+    return " ".join(names[:2] if names[:1] and names[0] in GROUPS else names[:1])
+
+
+def completions(before: Sequence[str], text: str) -> Iterable[str]:
+    """What may stand behind the words `before`, at least all that begins with `text`. Nothing
+    where that is any word, or a file: then the shell offers names of files."""
+    name = chosen_command(before)
+    start = (name + " ").lstrip()
+    names = [other[len(start):].split()[0] for other in COMMANDS if other.startswith(start)]
+    if "--" in before or not names and name not in COMMANDS:
+        return ()
+    own = COMMANDS[name].options if name in COMMANDS else [option("command", choices=names)]
+    options = [*own, DATABASE, option("--help", action="help")]
+    arguments = {word: details for words, details in options for word in words}
+    flags = [word for word in arguments if word[0] == "-"]
+    valued = [flag for flag in flags if arguments[flag].get("action", "append") == "append"]
+    places = [word for word in arguments if word not in flags]
+    if places and arguments[places[-1]].get("nargs") in ("*", "+"):
+        places += places[-1:] * len(before)
+    place = len(plain_words(before, valued)) - len(name.split())
+    if before and before[-1] in valued:
+        return values_of(before[-1], arguments[before[-1]], before, text)
+    if text[:1] == "-" or place >= len(places):
+        return flags
+    return values_of(places[place], arguments[places[place]], before, text) or flags
+
+
+def values_of(argument: str, details: Mapping[str, Any], before: Sequence[str],
+              text: str) -> Sequence[str]:
+    """What may stand for this argument. A look for what is in the queue never creates one."""
+    if "choices" in details or argument == "key":
+        return tuple(details.get("choices", SETTINGS))
+    paths = [word for last, word in zip(before, before[1:]) if last == "--db"]
+    with contextlib.suppress(QueueError, OSError):
+        path = resolve_path(os.path.expanduser(paths[-1]) if paths else None)
+        if os.path.getsize(path):
+            with Queue(path) as queue:
+                if argument in ("id", "--after"):
+                    return queue.ids(text)
+                if argument in ("queue", "--queue"):
+                    return list(queue.counts_by_queue())
+                if argument == "worker":
+                    return [info.name for info in queue.workers()]
+    return ()
+
+
+def completed(line: str, end: str | None) -> list[str]:
+    """The words that may take the place of `end`, which is the end of an unfinished command line
+    as its shell sees it (None: its last word; bash begins a new one behind = and :)."""
+    import shlex
+    words: list[str] = []
+    for quote in ("", "'", '"'):  # which may be open
+        with contextlib.suppress(ValueError):
+            words = words or shlex.split(line + "." + quote)  # the last word may be empty
+    *before, text = [part for word in words for part in (
+        word.split("=", 1) if word[:2] == "--" else [word])]
+    end, text = words[-1][:-1] if end is None else end, text[:-1]
+    return sorted({end + word[len(text):] for word in completions(before[1:], text)
+                   if word.startswith(text) and shlex.quote(word) == word})
 
 
 @command(
-    "completion", "a completion script for your shell",
-    """. <(queuectl.py completion bash)                                # in ~/.bashrc
-  queuectl.py completion fish > ~/.config/fish/completions/queuectl.fish""",
-    option("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish"),
-    opens=False)
-def cmd_completion(args: argparse.Namespace) -> None:
-    words = completion_words()
+    "completion", "lines for your shell, which ask this program at each TAB",
+    """queuectl.py completion bash >> ~/.bashrc
+  queuectl.py completion zsh >> ~/.zshrc
+  queuectl.py completion fish >> ~/.config/fish/config.fish""",
+    option("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish"), opens=False)
+def cmd_completion(args: argparse.Namespace) -> int:
+    """Prints these lines. Called by them, with the line up to the cursor in COMP_LINE, as bash does
+    it: prints the words that may stand there, and 1 says that there are none."""
+    import shlex
+    line = os.environ.get("COMP_LINE")
+    if line is not None:
+        found = completed(line[:int(os.environ.get("COMP_POINT", len(line)))],
+                          args.exact[1] if args.exact else None)
+        show_lines(found)
+        return 0 if found else 1
+    ask = shlex.join([sys.executable, os.path.abspath(sys.argv[0]), "completion",
+                      args.shell]) + " 2>/dev/null"
     if args.shell == "fish":
-        for name, found in words.items():
-            parts = name.split()
-            seen = " ".join("__fish_seen_subcommand_from %s;" % part if not index else
-                            "and __fish_seen_subcommand_from %s;" % part
-                            for index, part in enumerate(parts))
-            print("complete -c queuectl -c queuectl.py -f -n '%s' -a '%s'" % (
-                seen.rstrip(";") or "__fish_use_subcommand", " ".join(found)))
-        print("complete -c queuectl -c queuectl.py -l state -x -a '%s'" % " ".join(STATES + VIEWS))
-        return
-    if args.shell == "zsh":
-        print("autoload -U +X bashcompinit && bashcompinit")
-    print(BASH_COMPLETION % {
-        "valued": "|".join(sorted({"--db"} | {
-            flag for found in COMMANDS.values() for flags, details in found.options
-            for flag in flags if flag[0] == "-" and "action" not in details}
-            | {"--env", "--after", "--queue"})),
-        "groups": " ".join(GROUPS), "states": " ".join(STATES + VIEWS),
-        "ended": " ".join(ENDED),
-        "cases": "\n".join('        "%s") words="%s" ;;' % (name, " ".join(found))
-                           for name, found in words.items())}, end="")
+        words = ["-f", "-a", "(env COMP_LINE=(commandline -cp) %s; "
+                             "or __fish_complete_path (commandline -ct))" % ask, "-c"]
+    else:
+        words = ["-o", "default", "-C", ask + " --"]
+    if args.shell == "zsh":  # where bashcompinit brings bash's `complete`
+        print("autoload -Uz compinit bashcompinit; (( $+functions[compdef] )) || compinit\n"
+              "bashcompinit")
+    for name in sorted({"queuectl", "queuectl.py", os.path.basename(sys.argv[0])}):
+        print("complete " + shlex.join([*words, name]))
+    return 0
 
 
 # -- main ---------------------------------------------------------------------------------
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal. argparse makes one for each option: only help looks at its width,
+    or each command would import shutil (2 ms)."""
+
     def __init__(self, prog: str) -> None:
-        # argparse makes one for each option, and for its width would import shutil: 2 ms
-        super().__init__(prog, max_help_position=30, width=self.columns() - 2)
+        super().__init__(prog, max_help_position=30, width=80)
         self._action_max_length = 14  # or the longest command would have a line of its own
 
-    @staticmethod
-    @functools.lru_cache(maxsize=1)
-    def columns() -> int:
-        """The width of the terminal, as shutil.get_terminal_size() finds it."""
-        with contextlib.suppress(KeyError, ValueError):
-            if int(os.environ["COLUMNS"]) > 0:
-                return int(os.environ["COLUMNS"])
-        with contextlib.suppress(OSError):
-            return os.get_terminal_size().columns or 80
-        return 80
+    def format_help(self) -> str:
+        import shutil
+        self._width = shutil.get_terminal_size().columns - 2
+        return super().format_help()
 
 
 class Parser(argparse.ArgumentParser):
@@ -5226,16 +5256,12 @@ class Parser(argparse.ArgumentParser):
         raise UsageError("%s (see: %s --help)" % (message, self.prog))
 
 
-def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser, from COMMANDS. Options are added to the chosen command only, where one is
-    chosen: building all of them would take longer than all else that a short command does."""
-    def database(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--db", default=argparse.SUPPRESS, metavar="PATH",
-                            help="the database ($QUEUECTL_DB, or one in your state folder)")
-
+def build_parser(chosen: str = "") -> argparse.ArgumentParser:
+    """The parser, from COMMANDS. Of them it knows the chosen one only, where one is chosen:
+    building all of them would take longer than all else that a short command does."""
     def commands(parser: argparse.ArgumentParser) -> Any:
-        return parser.add_subparsers(metavar="COMMAND", parser_class=Parser, required=True,
-                                     dest="command")
+        return parser.add_subparsers(prog=parser.prog, metavar="COMMAND", parser_class=Parser,
+                                     required=True, dest="command")
 
     program = " ".join(_called["as"])
     parser = Parser(prog=program, formatter_class=HelpFormatter,
@@ -5243,22 +5269,22 @@ def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
                     epilog="example:\n  %s\n  %s" % (hint("enqueue 'echo hello'"),
                                                     hint("worker start --count 2")))
     parser.add_argument("--version", action="version", version="queuectl " + __version__)
-    database(parser)
+    parser.add_argument(*DATABASE[0], **DATABASE[1])
     top = commands(parser)
     groups: dict[str, Any] = {}
     for name, found in COMMANDS.items():
-        group, _, rest = name.partition(" ")
-        if chosen and group != chosen[0] or rest and chosen[1:] and rest != chosen[1]:
+        if chosen and name != chosen:
             continue
+        group, _, rest = name.partition(" ")
         if rest and group not in groups:
-            groups[group] = commands(top.add_parser(group, help=GROUPS[group],
-                                                    description=GROUPS[group]))
+            above = top.add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            above.add_argument(*DATABASE[0], **DATABASE[1])
+            groups[group] = commands(above)
         sub = (groups[group] if rest else top).add_parser(
             rest or name, help=found.help, description=found.help + ".",
             epilog="example:\n  " + found.example.replace("queuectl.py", program),
             formatter_class=HelpFormatter)
-        database(sub)
-        for flags, details in found.options:
+        for flags, details in (DATABASE, *found.options):
             sub.add_argument(*flags, **details)
         sub.set_defaults(run_command=found.run)
     return parser
@@ -5267,22 +5293,18 @@ def build_parser(chosen: Sequence[str] = ()) -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as a namespace: its command's options, `run_command`, `db` and `exact`, the
     words behind `--`. UsageError; SystemExit for --help and --version."""
-    argv, exact = list(argv), []
-    words = [word for before, word in zip([""] + argv, argv)
-             if word[:1] != "-" and before != "--db"]
-    chosen = words[:2] if words[:1] and words[0] in GROUPS else words[:1]
-    if " ".join(chosen) not in COMMANDS or argv[0] in ("-h", "--help"):
-        chosen = []
-    if chosen == ["enqueue"] and "--" in argv:
-        at = argv.index("--")
-        argv, exact = argv[:at], argv[at + 1:]
-    args, unknown = build_parser(chosen).parse_known_args(argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    words, exact = list(argv[:at]), list(argv[at + 1:])
+    chosen = chosen_command(words)
+    if chosen not in ("enqueue", "completion"):
+        words, exact = words + exact, []  # these are words like others
+    if chosen not in COMMANDS or words[0] in ("-h", "--help"):
+        chosen = ""
+    args, unknown = build_parser(chosen).parse_known_args(words)
     if isinstance(getattr(args, "id", None), list) and not any(w[:1] == "-" for w in unknown):
         args.id, unknown = args.id + unknown, []  # argparse gives up on ids behind an option
-    unknown = [word for word in unknown if word != "--"]
     if unknown:
-        hint = "; a command with options of its own goes behind --" \
-            if chosen == ["enqueue"] else ""
+        hint = "; a command with options of its own goes behind --" if chosen == "enqueue" else ""
         raise UsageError("unknown argument %s%s" % (unknown[0], hint))
     args.exact = exact
     args.db = getattr(args, "db", None)

@@ -1937,7 +1937,7 @@ class Commands(StorageCase):
             (good + '\n{"command": "x", "id": "taken"}\n', "line 2: the id taken is taken"),
             ('{"command": "x", "id": "b"}\n{"command": "x", "id": "b"}\n', "line 2: the id b"),
             (good + "\n[]\n", "line 2: "), (good + "\n5", "line 2: "), ('"ls"', "line 1: "),
-            ("null", "line 1: "), ("ls -l", "line 1: "), (b"\xff\xfe{", "line 1: "),
+            ("null", "line 1: "), ("ls -l", "line 1: "), (b"\xff\xfe{", "UTF-8"),
             (good.encode() + b"\n\xff\n", "line 2: "), (good + "\n\0\n", "line 2: "),
             (good + " " + good, "line 1: "), (good + "," + good, "line 1: "),
             ("[", "array does not end"), ("[" + good, "array does not end"),
@@ -1947,7 +1947,13 @@ class Commands(StorageCase):
             ("[" + good + "] x", "line 1: "), ("[" + good + "]\n" + good, "behind the end"),
             ("[" + good + ",\n\n5]", "line 3: "), ("[" + good + ",\n{}]", "line 2: "),
             ("[" + good + ",\n[" + good + "]]", "line 2: "), ('[{"command": "x" "a"}]', ""),
-            ("[" * 100000, ""), ("{" * 100000, "line 1: "),
+            ("[" * 100000, ""), ("{" * 100000, "line 1: "), ("[" * 950 + "]" * 950, "line 1: "),
+            (good + '\n{"command": %s}' % ('{"a":' * 990 + "1" + "}" * 990), "line 2: "),
+            ("[" + good + ',{"command": %s}]' % ("[" * 100000), "line 1: "),
+            (good + "\n" + '{"command": "x", "priority": %s}' % ("9" * 5000), "line 2: "),
+            ('{"command": "x",\n' + good, "line 1: "), ("[" + good + ",\n{", "line 2: "),
+            ('{"id": [], "command": "x", "state": "completed"}\n{"command": "x", "after": [[]]}',
+             "line 2: after: "),
             ('{"command": "%s"}' % ("x" * 131072), "line 1: "),
             ('{"command": "x", "after": ["b"]}\n', "there is no job b"),
             ('{"command":"x","id":"b","after":["c"]}\n{"command":"x","id":"c","after":["b"]}',
@@ -2096,19 +2102,20 @@ class Commands(StorageCase):
 
     def test_forms_of_a_file(self):
         """JSON Lines or an array, in any layout, from a file or from stdin."""
-        a, b = '{"id": "a", "command": "x"}', '{"id": "b", "command": "y", "env": {"A": "["}}'
+        a, b = '{"id": "a", "command": "x"}', '{"id": "b", "command": "y", "env": {"A": "[\u00fc"}}'
         both = [json.loads(a), json.loads(b)]
         for text in (a + "\n" + b, a + "\n\n  " + b + "\n\n", "\n\n" + a + "\r\n" + b + "\r\n",
                      "[%s,%s]" % (a, b), "[\n%s,\n%s\n]\n" % (a, b), "[%s\n,%s\n\n]  \n\n" % (a, b),
                      "\n [ %s , %s ] " % (a, b), "\ufeff" + a + "\n" + b, "\ufeff[%s,%s]" % (a, b),
-                     json.dumps(both, indent=4), json.dumps(both, indent=1).replace("\n", "\n\n")):
-            with self.subTest(text=text):
-                for form in ("-", "jobs"):
+                     json.dumps(both, indent=4), json.dumps(both, indent=1).replace("\n", "\n\n"),
+                     json.dumps(both[0], indent=2) + "\n" + b):
+            for form, size in (("-", 1 << 16), ("jobs", 1 << 16), ("-", 1), ("-", 7)):
+                with self.subTest(text=text, size=size), mock.patch("queuectl.READ_SIZE", size):
                     with open("jobs", "wb") as file:
                         file.write(text.encode())
                     ids = self.ok("enqueue", "--file", form, stdin=text.encode()).split()
                     self.assertEqual([(job.id, job.command, job.env) for job in map(self.job, ids)],
-                                     [("a", "x", {}), ("b", "y", {"A": "["})])
+                                     [("a", "x", {}), ("b", "y", {"A": "[\u00fc"})])
                     self.ok("cancel", "a", "b")
                     self.ok("prune")
         for text in ("", "\n\n", "[]", " [ ] \n"):
@@ -6061,59 +6068,171 @@ class Tables(Everyday):
 
 
 class Completion(Everyday):
-    """completion bash|zsh|fish"""
+    """completion bash|zsh|fish: what the program answers, and what comes of it in real shells."""
+
+    CASES = (  # the line so far, words that must be offered, words that must not
+        ("", "enqueue worker status list dlq config completion", "start bash --json --db"),
+        ("--", "--db --help", "--json"), ("st", "status", "list start"),
+        ("worker ", "start stop list", "enqueue --count"),
+        ("worker st", "start stop", "list status"), ("worker --", "--db", "--count --json"),
+        ("worker start --", "--count --drain --detach --ensure --queue --via --db", "--json"),
+        ("dlq ", "list retry purge", "start"), ("dlq retry --", "--all", "--older-than"),
+        ("enqueue --", " ".join("--" + name.replace("_", "-") for name in queuectl.FIELDS
+                                if name != "command") + " --file --db", "--json"),
+        ("list --state ", " ".join(queuectl.STATES + queuectl.VIEWS), "--json list"),
+        ("list --state c", "completed cancelled", "dead"),
+        ("list --state=c", "--state=completed --state=cancelled", "completed"),
+        ("list --state dead ", "--queue --json", "dead --count"),
+        ("prune --state ", "completed dead cancelled", "pending processing blocked"),
+        ("config set ", " ".join(queuectl.SETTINGS), "list"),
+        ("config get back", "backoff_base backoff_max", "max_retries"),
+        ("config set max_retries ", "--db", "max_retries"),
+        ("completion ", "bash zsh fish", "list"),
+        ("--db x.db worker ", "start stop list", "enqueue"), ("--db x.db sho", "show", "list"),
+        ("worker --db x.db st", "start stop", "status"),
+        ("worker --db=x.db st", "start stop", "status"),
+        ("list --queue worker --", "--state --limit --json", "--count"),
+        ("show ", "job:1 job:2 other", "mail default odd;id"),
+        ("show job:", "job:1 job:2", "other"),
+        ("show 'jo", "job:1 job:2", "other"), ('show "o', "other", "job:1"),
+        ("show other ", "--json", "other"), ("cancel other jo", "job:1 job:2", "other"),
+        ("cancel --db q.db o", "other", "job:1"), ("--db=q.db logs o", "other", "job:1"),
+        ("enqueue --after o", "other", "job:1"), ("enqueue --id o", "", "other"),
+        ("pause ", "mail default", "other"), ("pause mail ", "--db", "mail default"),
+        ("list --queue m", "mail", "default"), ("enqueue --queue=m", "--queue=mail", "mail"),
+        ("enqueue --unique ", "", "max_retries other"),
+        # Nothing: there the shell has names of files.
+        ("enqueue --file ", "", None), ("enqueue --cwd ", "", None), ("--db ", "", None),
+        ("worker start --log ", "", None), ("enqueue -- ", "", None), ("enqueue -- rm -", "", None),
+        ("frob ", "", None), ("worker frob ", "", None), ("show nobody", "", None),
+        ("--db nowhere/x.db show o", "", None), ("--db missing.db show o", "", None),
+        ("--db broken.db show o", "", None), ("--db empty.db show o", "", None),
+        ("--db . show o", "", None))
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.dir)
+        for id in ("job:1", "job:2", "other", "odd;id"):
+            self.ok("enqueue", "--id", id, "true")
+        self.ok("enqueue", "--queue", "mail", "true")
+        for name, text in (("broken.db", "text " * 100), ("empty.db", ""), ("x.json", "")):
+            with open(self.path(name), "w") as file:
+                file.write(text)
+
+    def test_answers(self):
+        """Nothing is said nor created, whatever the database is."""
+        files = sorted(os.listdir(self.dir))
+        for line, offered, other in self.CASES:
+            with self.subTest(line), mock.patch.dict(os.environ, COMP_LINE="queuectl " + line):
+                code, out, err = self.main("completion", "bash")
+                self.assertEqual((code, err), (0 if out else 1, ""))
+                words = out.split()
+                self.assertLessEqual(set(offered.split()), set(words))
+                if other is None:
+                    self.assertEqual(words, [])
+                else:
+                    self.assertEqual(set(other.split()) & set(words), set())
+        self.assertEqual(sorted(os.listdir(self.dir)), files)
+
+    def test_what_bash_adds(self):
+        """Where its cursor is, and the part of the last word that it will replace."""
+        for line, point, word, answer in (
+                ("show job:", 18, "", "1 2"), ("show job:", 16, "jo", "job:1 job:2"),
+                ("list --state=co", 24, "co", "completed"), ("show \u00fc; x", 11, "sh", "show"),
+                ("show 'job:", 19, "'job:", "'job:1 'job:2"), ("show", 8, "queuectl", ""),
+                ("show", 3, "que", "")):
+            env = {"COMP_LINE": "queuectl " + line, "COMP_POINT": str(point)}
+            with self.subTest(line), mock.patch.dict(os.environ, env):
+                _, out, err = self.main("completion", "bash", "--", "queuectl", word, "--x")
+                self.assertEqual((out.split(), err), (answer.split(), ""))
+
+    def test_many_jobs(self):
+        with self.queue() as queue:
+            list(queue.enqueue_many({"command": "true", "id": "a%d" % n} for n in range(12000)))
+            for prefix, count in (("a", 400), ("a119", 111), ("a11999", 1), ("x", 0)):
+                with self.subTest(prefix):
+                    found = queue.ids(prefix)
+                    self.assertEqual(len(found), count)
+                    self.assertTrue(all(id.startswith(prefix) for id in found))
+            self.assertIn("other", queue.ids("o"))  # though it is none of the newest 10,000
+
+    def test_usage(self):
+        self.refused("completion", "tcsh", code=2)
+        self.refused("completion", code=2)
+
+    TYPED = (  # what is typed, and the arguments that the program gets
+        ("sho\tother", "show other"), ("worker sta\t--dr\t", "worker start --drain"),
+        ("show job:\t2", "show job:2"), ("list --state comp\t", "list --state completed"),
+        ("pause ma\t", "pause mail"), ("enqueue --file x.j\t", "enqueue --file x.json"),
+        ("config get kee\t", "config get keep_completed"), ("dlq retry ot\t", "dlq retry other"))
+
+    def type_in(self, *shell, prepare):
+        """Type into a real shell. What is called there writes down its arguments, and the program
+        that was asked stands in a folder with a blank in its name."""
+        import fcntl
+        import pty
+        import termios
+
+        def take_terminal():
+            default_signals()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        os.mkdir(self.path("a folder"))
+        shutil.copy(SCRIPT, self.path("a folder", "queuectl.py"))
+        script = self.path("script")
+        for name in ("queuectl", "queuectl.py"):
+            with open(self.path(name), "w") as file:
+                file.write('#!/bin/sh\ncd "%s" && echo "$@" >new && mv new typed\n' % self.dir)
+            os.chmod(file.name, 0o700)
+        with open(script, "wb") as file:
+            file.write(subprocess.check_output([
+                sys.executable, self.path("a folder", "queuectl.py"), "completion", shell[0]]))
+        env = dict(self.env, PATH=self.dir + os.pathsep + self.env["PATH"], TERM="xterm")
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        process = subprocess.Popen(shell, stdin=slave, stdout=slave, stderr=slave, env=env,
+                                   start_new_session=True, preexec_fn=take_terminal)
+        os.close(slave)
+        self.processes.append(process)
+        threading.Thread(target=self.read_all, args=(os.dup(master),), daemon=True).start()
+        os.write(master, (prepare % script).encode() + b"\r")
+        for number, (keys, words) in enumerate(self.TYPED):
+            program = ("queuectl", "queuectl.py", "./queuectl.py",
+                       self.path("queuectl"))[number % 4]
+            os.write(master, ("%s %s\r" % (program, keys)).encode())
+            self.until(lambda: os.path.exists(self.path("typed")), "nothing came of " + keys)
+            self.assertEqual(read_file(self.path("typed")).decode().strip(), words, self.screen)
+            os.unlink(self.path("typed"))
+        os.write(master, b"exit\r")
+
+    def read_all(self, fd):
+        with contextlib.suppress(OSError):
+            while True:
+                self.screen += os.read(fd, 10000)
+        os.close(fd)
+
+    screen = b""
 
     @unittest.skipUnless(shutil.which("bash"), "bash is not installed")
     def test_bash(self):
-        """Commands, subcommands, options, states, settings and choices, wherever --db is."""
-        cases = (  # words so far, words that must be offered, words that must not
-            ("", "enqueue worker status list dlq config completion --db --help", "start bash"),
-            ("st", "status", "list start"),
-            ("worker ", "start stop list", "enqueue --count"),
-            ("worker st", "start stop", "list status"),
-            ("worker start --", "--count --drain --detach --ensure --queue --via --db", "--json"),
-            ("dlq ", "list retry purge", "start"),
-            ("dlq retry --", "--all", "--older-than"),
-            ("enqueue --", " ".join("--" + name.replace("_", "-") for name in queuectl.FIELDS
-                                    if name != "command") + " --file --db", "--json"),
-            ("list --state ", " ".join(queuectl.STATES + queuectl.VIEWS), "--json list"),
-            ("list --state c", "completed cancelled", "dead"),
-            ("prune --state ", "completed dead cancelled", "pending processing blocked"),
-            ("config set ", " ".join(queuectl.SETTINGS), "list"),
-            ("config get back", "backoff_base backoff_max", "max_retries"),
-            ("completion ", "bash zsh fish", "list"),
-            ("--db x.db worker ", "start stop list", "enqueue"),
-            ("--db x.db sho", "show", ""),
-            ("worker --db x.db st", "start stop", ""),
-            ("list --queue worker --", "--state --limit --json", "--count"),
-        )
-        script = self.ok("completion", "bash") + (
-            'try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _queuectl;\n'
-            '        echo ${COMPREPLY[@]+"${COMPREPLY[@]}"}; }\n')
-        for line, _, _ in cases:
-            words = ["queuectl"] + line.split() + ([""] if line[-1:] in ("", " ") else [])
-            script += "try %s\n" % " ".join(map(shlex.quote, words))
-        done = subprocess.run(["bash", "--norc", "-u"], input=script.encode(), cwd=self.dir,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.env)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
-        answers = done.stdout.decode().split("\n")
-        for (line, offered, other), answer in zip(cases, answers):
-            with self.subTest(line):
-                self.assertLessEqual(set(offered.split()), set(answer.split()))
-                self.assertEqual(set(other.split()) & set(answer.split()), set())
+        self.type_in("bash", "--norc", "--noprofile", "-i", prepare=". '%s'")
 
-    def test_syntax(self):
-        """Each shell that is here can read its script, and each script names everything."""
-        for shell in ("bash", "zsh", "fish"):
-            script = self.ok("completion", shell)
-            for word in ("enqueue", "retry", "max_retries", "blocked", "--priority"):
-                self.assertIn(word, script, shell)
-            if shutil.which(shell):
-                done = subprocess.run([shell, "-n"], input=script.encode(), env=self.env,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                self.assertEqual((done.returncode, done.stdout), (0, b""), shell)
-        self.refused("completion", "tcsh", code=2)
-        self.refused("completion", code=2)
+    @unittest.skipUnless(shutil.which("zsh"), "zsh is not installed")
+    def test_zsh(self):
+        self.type_in("zsh", "-f", "-i", prepare=". '%s'")
+
+    @unittest.skipUnless(shutil.which("fish"), "fish is not installed")
+    def test_fish(self):
+        self.type_in("fish", "--no-config", "-i", prepare="source '%s'")
+        for line, offered, other in self.CASES:
+            if other is not None and "'" not in line and '"' not in line:
+                with self.subTest(line):
+                    words = subprocess.check_output(
+                        ["fish", "--no-config", "-c", "source script; complete -C %s"
+                         % shlex.quote("queuectl " + line)], env=self.env).decode().split()
+                    self.assertLessEqual(set(offered.split()), set(words))
+                    self.assertEqual(set(other.split()) & set(words), set())
 
 
 @unittest.skipIf(sys.platform == "win32", "the recipes are for sh")
