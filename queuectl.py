@@ -110,7 +110,6 @@ RUN, DRAIN, NOW = range(3)
 DEFAULT_QUEUE = "default"
 DEAD_JOB = "QUEUECTL_DEAD_JOB"  # in the environment of what on_dead enqueues
 DEAD_COMMAND_LIMIT = 32 * 1024  # characters: it has to fit the environment
-RUN_VARIABLE = "QUEUECTL_RUN"  # in a job's environment: <id of the database>/<run>
 EVERY_QUEUE = "*"  # among the paused ones
 PAGE = 1000  # rows a read transaction may last, so that no reader pins the WAL
 MAX_TEXT = 128 * 1024  # bytes; Linux's MAX_ARG_STRLEN, the limit for one argument
@@ -714,6 +713,7 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 #   Bell  ring  Waiter  writable    sleeping in one place, and waking who sleeps there
 #   reset_signals  close_inherited  reap_strangers    what a process owes its children
 
+RUN_VARIABLE = "QUEUECTL_RUN"  # in a job's environment: <id of the database>/<run>
 FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
 BELLS = sys.platform != "win32"  # where there are FIFOs
 TICK = 1.0 if BELLS else 0.05  # seconds after which a sleeper looks around unasked
@@ -1019,7 +1019,7 @@ else:
         """Why workers must not run what this database says, or None: whoever can write it
         runs commands as the worker."""
         folder = os.stat(os.path.dirname(path))
-        if os.path.exists(path):
+        if os.path.isfile(path):  # or it will be refused, whosesoever it is
             status = os.stat(path)
             if status.st_uid != os.geteuid():
                 return "belongs to another user (uid %d)" % status.st_uid
@@ -2341,6 +2341,7 @@ class Queue(Database):
     Times that come in are epoch seconds."""
 
     _serves_every = True
+    path_of = staticmethod(resolve_path)
 
     def __enter__(self) -> Queue:
         return self
@@ -3203,8 +3204,8 @@ class Rescuer:
         return settled is not None
 
     def finish(self, queue: Queue, note: Callable[[str], None]) -> None:
-        """Look until no tree is dying any more: for who does not come back. Takes a second."""
-        until = time.monotonic() + 1
+        """Look until no tree is dying any more: for who does not come back. Takes up to 5 s."""
+        until = time.monotonic() + 5
         self.look(queue, note)
         while self.dying and time.monotonic() < until:
             time.sleep(self._pause)
@@ -3676,9 +3677,10 @@ class Worker:
     def _idle(self) -> None:
         """Sleep until a claim is worth trying."""
         os.chdir(os.sep)
-        due = None
-        with contextlib.suppress(DatabaseUnavailable):
+        try:
             due = self._queue.next_due()
+        except DatabaseUnavailable:
+            return self._pause()
         while self._level == RUN and not self._rung and not (due and due <= time.time()):
             self._sleep(math.inf if due is None else time.monotonic() + due - time.time())
 
@@ -3863,7 +3865,8 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Sleep until a child has died, a signal or an order has come, or something is due."""
-        until = min(time.monotonic() + SUPERVISION, self._next_keeping,
+        until = min(time.monotonic() + SUPERVISION,
+                    self._next_keeping if self._level == RUN else math.inf,
                     min(seat.replace_at for seat in self._seats.values()),
                     self._rescuer.next_look if self._rescuer.dying else math.inf)
         if self._bell.fd in self._waiter.wait(until - time.monotonic()):
@@ -4183,8 +4186,8 @@ def own_command() -> list[str]:
     module, ending = os.path.splitext(name)
     if ending != ".py" or not module.isidentifier():
         return [sys.executable, os.path.join(folder, name)]
-    return [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
-            "from %s import main; sys.exit(main())" % module, folder]
+    return [sys.executable, "-c", "import os, sys; sys.path.insert(0, sys.argv.pop(1)); "
+            "from %s import main; os._exit(main())" % module, folder]
 
 
 def _start_supervisor(queue: Queue, options: StartOptions, count: int, log: str) -> None:
@@ -4827,7 +4830,7 @@ def quoted(words: Sequence[str]) -> str:
     opens=False)
 def cmd_worker_start(args: argparse.Namespace) -> int:
     options = StartOptions(
-        path=resolve_path(args.db), count=args.count, drain=args.drain, queues=args.queue,
+        path=Queue.path_of(args.db), count=args.count, drain=args.drain, queues=args.queue,
         via=args.via, quiet=args.quiet, log=args.log and os.path.realpath(args.log),
         name=args.name or new_id())
     if not (args.detach or args.ensure):
@@ -5175,7 +5178,7 @@ def values_of(argument: str, details: Mapping[str, Any], before: Sequence[str],
         return tuple(details.get("choices", SETTINGS))
     paths = [word for last, word in zip(before, before[1:]) if last == "--db"]
     with contextlib.suppress(QueueError, OSError):
-        path = resolve_path(os.path.expanduser(paths[-1]) if paths else None)
+        path = Queue.path_of(os.path.expanduser(paths[-1]) if paths else None)
         if os.path.getsize(path):
             with Queue(path) as queue:
                 if argument in ("id", "--after"):
