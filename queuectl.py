@@ -109,7 +109,7 @@ RUN, DRAIN, NOW = range(3)
 
 DEFAULT_QUEUE = "default"
 DEAD_JOB = "QUEUECTL_DEAD_JOB"  # in the environment of what on_dead enqueues
-DEAD_COMMAND_LIMIT = 32 * 1024  # characters: it has to fit the environment
+DEAD_COMMAND_LIMIT = 30 * 1024  # characters, of up to 4 bytes: it has to fit the environment
 EVERY_QUEUE = "*"  # among the paused ones
 PAGE = 1000  # rows a read transaction may last, so that no reader pins the WAL
 MAX_TEXT = 128 * 1024  # bytes; Linux's MAX_ARG_STRLEN, the limit for one argument
@@ -300,7 +300,8 @@ def called_as(program: Sequence[str], options: Sequence[str] = ()) -> None:
 
 def hint(command: str) -> str:
     """A command line that can be pasted, such as `queuectl.py worker start`."""
-    return " ".join(_called["as"] + _called["with"] + [command])
+    return " ".join(['"%s"' % word if " " in word else word
+                     for word in _called["as"] + _called["with"]] + [command])
 
 
 def printable(text: str) -> str:
@@ -508,6 +509,11 @@ def parse_text(value: Any) -> str:
 def parse_command(value: Any) -> str:
     """A command, or "" for `none`."""
     return "" if value == "none" else parse_text(value)
+
+
+def parse_limit(value: Any) -> int:
+    """How many jobs of a queue may run at once, or 0 for `none`: any number."""
+    return 0 if value in (None, 0, "none") else parse_integer(1, 2 ** 31 - 1)(value)
 
 
 def parse_name(value: Any) -> str:
@@ -1827,7 +1833,8 @@ OPEN_RUNS = """
     WHERE outcome IS NULL"""
 
 CANCEL_PENDING = """
-    UPDATE jobs SET state = 'cancelled', hold = -2, updated_at = :at
+    UPDATE jobs SET state = 'cancelled', hold = -2, updated_at = :at,
+        run_after = CASE hold WHEN 2 THEN NULL ELSE run_after END
     WHERE seq = :seq AND state = 'pending'"""
 CANCEL_RUNNING = "UPDATE jobs SET cancel = 1 WHERE seq = :seq AND state = 'processing'"
 EDIT_JOB = """
@@ -1892,7 +1899,7 @@ OLDEST_READY = """
     SELECT updated_at, run_after FROM jobs WHERE seq =
         (SELECT min(+seq) FROM jobs WHERE hold = 0 AND queue NOT IN (%s)
          AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused))""" % HELD
-TOUCH = "UPDATE config SET value = value WHERE key = 'database_id'"
+TOUCH = "PRAGMA application_id = %d" % APPLICATION_ID  # writes (an UPDATE to the same would not)
 SELECT_IDENTITY = "SELECT value FROM config WHERE key = 'database_id'"
 SELECT_WORKERS = """
     SELECT workers.*, jobs.id AS job, jobs.locked_at AS job_started_at
@@ -2684,8 +2691,8 @@ class Queue(Database):
                 raise QueueError("job %s is %s; only a job that waits, or that has ended badly, "
                                  "can be changed" % (id, job.state))
             values = job_fields({"command": job.command, **fields})
-            changed = dict(job.__dict__, **values, env=json.dumps(
-                {**job.env, **values.get("env", {})}) if job.env or "env" in values else None)
+            env = {**job.env, **values.get("env", {})}
+            changed = {**job.__dict__, **values, "env": json.dumps(env) if env else None}
             if "delay" in values or "run_at" in values:
                 changed["run_after"] = run_after = starting_time(values, now)
                 if job.view in ("pending", "scheduled", "failed"):
@@ -2811,9 +2818,10 @@ class Queue(Database):
         return [row[0] for row in self._rows(PAUSED + " ORDER BY queue")]
 
     def limit(self, queue: str, number: int | None) -> None:
-        """Let at most so many jobs of a queue run at once (None: any number)."""
+        """Let at most so many jobs of a queue run at once (None: any number). QueueError."""
         with self._transaction():
-            self._execute(SET_LIMIT, {"queue": parse_queue(queue), "limit": number})
+            self._execute(SET_LIMIT, {"queue": parse_queue(queue),
+                                      "limit": parse_limit(number) or None})
         self.wake([queue])
 
     def limits(self) -> dict[str, int]:
@@ -2917,7 +2925,8 @@ class Queue(Database):
         found = self.workers(supervisors=True)
         unknown = set(names) - {info.name for info in found}
         if unknown:
-            raise QueueError("no worker %s runs; see: worker list" % ", ".join(sorted(unknown)))
+            raise QueueError("no worker %s runs; see: %s" % (", ".join(sorted(unknown)),
+                                                             hint("worker list")))
         if names:
             found = [info for info in found if info.name in names]
         if queues:
@@ -2979,7 +2988,7 @@ class Queue(Database):
         """Enqueue what on_dead says, in the dead job's queue; not for one that on_dead enqueued."""
         if DEAD_JOB in (self._json(dead["env"]) or {}):
             return False
-        env = {DEAD_JOB: dead["id"], "QUEUECTL_DEAD_ERROR": error or "",
+        env = {DEAD_JOB: dead["id"], "QUEUECTL_DEAD_ERROR": printable(error or ""),
                "QUEUECTL_DEAD_COMMAND": dead["command"][:DEAD_COMMAND_LIMIT]}
         make_row = _job_rows(int(settings["max_retries"]), now)
         while True:
@@ -3832,10 +3841,10 @@ class Supervisor:
             queue.register(name, name, self._options.queues, self._options.via,
                            self._options.count)
         self._waiter.watch(self._bell.fd)
-        self._log.event("%d worker%s on %s%s; Ctrl-C or `worker stop` ends %s" % (
+        self._log.event("%d worker%s on %s%s; to end %s: Ctrl-C, or %s" % (
             self._options.count, "s" * (self._options.count > 1), self._options.path,
             self._options.queues and " (queues: %s)" % ", ".join(self._options.queues) or "",
-            "them" if self._options.count > 1 else "it"))
+            "them" if self._options.count > 1 else "it", hint("worker stop")))
 
     def _leave(self) -> None:
         with contextlib.suppress(QueueError), open_queue(self._options) as queue:
@@ -3996,8 +4005,8 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str |
     while left:
         left = [info for info in left if is_held(queue.lock_path(info.name))]
         if left and time.monotonic() >= until:
-            raise TimeoutExpired("not all workers have stopped yet; `worker stop --now` ends "
-                                 "their jobs")
+            raise TimeoutExpired("not all workers have stopped yet; to end their jobs: "
+                                 + hint("worker stop --now"))
         if left and time.monotonic() >= note_at:
             note_at = math.inf
             note("waiting for " + ", ".join(
@@ -4009,48 +4018,71 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str |
     return sum(info.slot > 0 for info in found)
 
 
+def serves(info: WorkerInfo, name: str) -> bool:
+    return info.queues is None or name in info.queues
+
+
+def visible_workers(queue: Queue) -> list[WorkerInfo] | None:
+    """The live workers; None for another user, who may not ask which live."""
+    try:
+        return queue.workers()
+    except QueueError:
+        return None
+
+
 def obstacles(queue: Queue, name: str, served: bool = False) -> list[str]:
-    """What keeps the ready jobs of a queue from running, and what to do about it. That nobody
-    serves it is none where it has just been `served`."""
-    found, paused, workers = [], queue.paused(), queue.workers()
+    """What keeps the ready jobs of a queue from running until somebody does something about it,
+    and what. That nobody serves it is none where it has just been `served`."""
+    found, paused, workers = [], queue.paused(), visible_workers(queue)
     if EVERY_QUEUE in paused:
         found.append("all queues are paused (to go on: %s)" % hint("resume"))
     elif name in paused:
         found.append("the queue %s is paused (to go on: %s)" % (name, hint("resume " + name)))
-    if served:
+    if served or workers is None:
         pass
     elif not workers:
         found.append("no worker runs (start one: %s)" % hint("worker start"))
-    elif not any(info.queues is None or name in info.queues for info in workers):
+    elif not any(serves(info, name) for info in workers):
         found.append("no worker serves the queue %s (start one: %s)"
                      % (name, hint("worker start --queue " + name)))
     return found
 
 
 def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
-    """Why a job waits, for people; nothing where it does not."""
+    """Why a job waits, for people; nothing where it does not, or will start at once."""
     if job.state != "pending":
         return []
     found, blocker, now = [], queue.blocker(job), time.time()
     if blocker is not None:
         found.append("it waits for %s, which is %s" % blocker)
+        if blocker[1] in ENDED:
+            found[-1] += " (to run that again: %s)" % hint("dlq retry " + blocker[0])
     if job.run_after is not None and job.run_after > now and job.view != "pending":
         found.append("it waits until %s (in %s)" % (local_time(job.run_after),
                                                     format_age(job.run_after - now)))
     found += obstacles(queue, job.queue, served)
+    if job.view != "pending":
+        return found
     limit = queue.limits().get(job.queue)
-    if limit is not None and job.view == "pending":
-        running = queue.running_in(job.queue)
-        if len(running) >= limit:
-            found.append("the limit of the queue %s is reached (%d: %s)" % (
-                job.queue, limit, " ".join(running[:5]) or "no job may run"))
-    if job.view == "pending":
-        before = queue.standing_before(job)
-        if before:
-            found.append("%d job%s before it" % (before, " stands" if before == 1 else "s stand"))
-        elif not found:
-            found.append("it is the next one")
+    running = queue.running_in(job.queue) if limit else []
+    if limit and len(running) >= limit:
+        found.append("the limit of the queue %s is reached (%d: %s)" % (
+            job.queue, limit, " ".join(running[:5])))
+    before = queue.standing_before(job)
+    if before:
+        found.append("%d job%s before it" % (before, " stands" if before == 1 else "s stand"))
+    elif not found and not served and not any(
+            info.job is None and serves(info, job.queue) for info in visible_workers(queue) or ()):
+        found.append("it is the next one, once a worker is free")
     return found
+
+
+def first_waiting(queue: Queue, names: Sequence[str] = ()) -> Iterator[tuple[Job, int]]:
+    """The oldest pending job of each queue of these names (none: of all), and how many it has."""
+    for name, row in sorted(queue.counts_by_queue().items()):
+        if row["pending"] and (not names or name in names):
+            for job in queue.jobs("pending", name, 1):
+                yield job, row["pending"]
 
 
 def gather_status(queue: Queue) -> dict[str, Any]:
@@ -4074,24 +4106,27 @@ def gather_status(queue: Queue) -> dict[str, Any]:
 
 def status_warning(status: Mapping[str, Any]) -> str | None:
     """What is not going well by itself: jobs wait, and nobody will run them."""
-    jobs, workers, orphaned = status["jobs"], status["workers"], status["orphaned"]
-    waiting = jobs["pending"]
+    jobs, paused, workers = status["jobs"], status["paused"], status["workers"]
+    orphaned = status["orphaned"]
     if orphaned:
         return "%s left by a dead worker; %s" % (
             "1 job was" if orphaned == 1 else "%d jobs were" % orphaned,
             "%s says more" % hint("show ID") if workers
             else "to take up again: %s" % hint("worker start"))
-    if waiting and waiting == jobs["blocked"] and not jobs["processing"]:
+    if jobs["pending"] and jobs["pending"] == jobs["blocked"] and not jobs["processing"]:
         return "what the blocked jobs wait for has ended badly; see: " \
             + hint("list --state blocked")
-    if waiting and EVERY_QUEUE in status["paused"]:
+    if jobs["pending"] and EVERY_QUEUE in paused:
         return "all queues are paused; to go on: " + hint("resume")
+    waiting = {name: row["pending"] for name, row in sorted(status["queues"].items())
+               if row["pending"] and name not in paused}
     if waiting and not workers:
+        count = sum(waiting.values())
         return "%s and no worker runs; start one: %s" % (
-            "1 job waits" if waiting == 1 else "%d jobs wait" % waiting, hint("worker start"))
-    alone = [name for name, row in sorted(status["queues"].items()) if row["pending"]
-             and not any(info.queues is None or name in info.queues for info in workers)]
-    return "jobs wait in %s, which no worker serves" % ", ".join(alone) if alone else None
+            "1 job waits" if count == 1 else "%d jobs wait" % count, hint("worker start"))
+    alone = [name for name in waiting if not any(serves(info, name) for info in workers)]
+    return "jobs wait in %s, which no worker serves; start one: %s" % (
+        ", ".join(alone), hint("worker start --queue " + alone[0])) if alone else None
 
 
 def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[tuple[int, bytes]]:
@@ -4164,7 +4199,9 @@ def start_detached(options: StartOptions, ensure: bool) -> tuple[int, str]:
                     if info.via != options.via:
                         raise QueueError("workers for these queues run already, %s; end them first:"
                                          " %s" % ("with --via " + info.via if info.via else
-                                                  "without --via", hint("worker stop")))
+                                                  "without --via", hint(" ".join(
+                                             ["worker stop"] + ["--queue " + name for name
+                                                                in served or ()]))))
             if count > 0:
                 _start_supervisor(queue, options, count, log)
             return max(count, 0), log
@@ -4408,37 +4445,59 @@ def job_sheet(job: Job, runs: Sequence[Run], reasons: Sequence[str], now: float)
                 for run in runs), coloured=1)
 
 
-def status_sheet(status: Mapping[str, Any], now: float) -> Iterator[str]:
+def status_parts(status: Mapping[str, Any], now: float) -> Sequence[list[str]]:
+    """Lines about the jobs, the workers and (where they say more) the queues."""
     jobs, paused, hour = status["jobs"], status["paused"], status["last_hour"]
-    yield "database  " + printable(status["database"])
-    yield "jobs      " + ", ".join(
+    facts = ["database  " + printable(status["database"]), "jobs      " + ", ".join(
         colour("%d %s" % (jobs[state], state), COLOURS.get(state) if jobs[state] else None)
-        for state in STATES)
+        for state in STATES)]
     views = ["%d %s" % (jobs[view], view) for view in VIEWS if jobs[view]]
     if views:
-        yield "          of the pending: " + ", ".join(views)
+        facts.append("          of the pending: " + ", ".join(views))
     if status["oldest_ready_seconds"] is not None:
-        yield "waiting   the first ready job for " + format_age(status["oldest_ready_seconds"])
+        facts.append("waiting   the first ready job for "
+                     + format_age(status["oldest_ready_seconds"]))
     if hour["runs"]:
         rate = status["runs_per_minute"]
-        yield "rate      %.*f runs a minute in 5 minutes; " % (0 if rate >= 10 else 1, rate) \
-            + "%d in the last hour, %d of these runs failed" % (hour["runs"], hour["failed"])
-        yield "duration  %s on average" % format_age(hour["mean_seconds"])
-    workers, limits = status["workers"], status["limits"]
+        facts.append("rate      %.*f runs a minute in 5 minutes; %d in the last hour, "
+                     "%d of these runs failed" % (0 if rate >= 10 else 1, rate, hour["runs"],
+                                                  hour["failed"]))
+        facts.append("duration  %s on average" % format_age(hour["mean_seconds"]))
+    workers, limits, queues = status["workers"], status["limits"], status["queues"]
     busy = sum(info.job is not None for info in workers)
-    yield "workers   " + ("%d, %d busy" % (len(workers), busy) if workers else "none runs")
+    there = ["workers   " + ("%s, %d busy" % (counted(len(workers), "worker"), busy) if workers
+                             else "none runs")]
     if workers:
-        yield ""
-        yield from worker_table(workers, now)
-    if len(status["queues"]) > 1 or paused or limits:
-        yield ""
-        shown = ("pending", "processing", "failed", "scheduled", "blocked", "dead")
-        names = sorted(set(status["queues"]) | set(paused) - {EVERY_QUEUE} | set(limits))
-        yield from table(("QUEUE",) + tuple(word.upper() for word in shown) + ("",), (
-            [name] + [str(status["queues"].get(name, {}).get(word, 0)) for word in shown]
-            + [", ".join((["paused"] if {name, EVERY_QUEUE} & set(paused) else [])
-                         + (["limit %d" % limits[name]] if name in limits else []))]
-            for name in names))
+        there += ["", *worker_table(workers, now)]
+    if len(queues) <= 1 and not paused and not limits:
+        return facts, there, []
+    shown = ("pending", "processing", "failed", "scheduled", "blocked", "dead")
+    return facts, there, ["", *table(("QUEUE",) + tuple(word.upper() for word in shown) + ("",), (
+        [name] + [str(queues.get(name, {}).get(word, 0)) for word in shown]
+        + [", ".join((["paused"] if {name, EVERY_QUEUE} & set(paused) else [])
+                     + (["limit %d" % limits[name]] if name in limits else []))]
+        for name in sorted(set(queues) | set(paused) - {EVERY_QUEUE} | set(limits))))]
+
+
+def status_sheet(status: Mapping[str, Any], now: float) -> Iterator[str]:
+    return itertools.chain.from_iterable(status_parts(status, now))
+
+
+def status_screen(status: Mapping[str, Any], warning: str | None, now: float, columns: int,
+                  lines: int) -> list[str]:
+    """The same with its warning for a screen. What is too much for it are first the queues, then
+    the facts, and of the workers the last ones."""
+    import textwrap
+    facts, workers, queues = status_parts(status, now)
+    head = textwrap.wrap("! " + warning, columns) + [""] if warning else []
+    over = len(head + facts + workers + queues) - lines
+    for part in (queues, facts):
+        gone = min(max(over, 0), len(part))
+        del part[len(part) - gone:]
+        over -= gone
+    if over > 0:
+        workers[-over - 1:] = ["(%s)" % counted(over + 1, "more worker")]
+    return [clipped(line, columns) for line in head + facts + workers + queues]
 
 
 def worker_table(workers: Iterable[WorkerInfo], now: float) -> Iterator[str]:
@@ -4553,9 +4612,10 @@ OF_QUEUE = option("--queue", type=checked(parse_queue), metavar="NAME", help="of
 ALL = option("--all", action="store_true", help="of every queue")
 
 
-def require_selection(args: argparse.Namespace) -> None:
-    """UsageError unless the jobs are named in one of three ways."""
-    if bool(args.id) + (args.queue is not None) + args.all != 1:
+def require_selection(args: argparse.Namespace, needed: bool = True) -> None:
+    """UsageError unless the jobs are named in one of three ways (not `needed`: or in none)."""
+    ways = bool(getattr(args, "id", ())) + (args.queue is not None) + args.all
+    if ways > 1 or needed and not ways:
         raise UsageError("name the jobs, or --queue NAME, or --all")
 
 
@@ -4579,10 +4639,11 @@ def read_word(word: str) -> dict[str, Any]:
 
 def refuse_misreading(words: Sequence[str]) -> None:
     """UsageError for what is hardly meant as a command. QueueError for broken JSON."""
-    word = words[0]
-    if len(words) == 1 and (word == "-" or word[:1] == "@" or word.strip()[:1] == "[" and
-                            word.strip()[-1:] == "]" or word.endswith((".json", ".jsonl"))
-                            and os.path.exists(word)):
+    word, array = words[0], None
+    with contextlib.suppress(ValueError, RecursionError):
+        array = json.loads(word)
+    if len(words) == 1 and (word == "-" or word[:1] == "@" or isinstance(array, list) or
+                            word.endswith((".json", ".jsonl")) and os.path.exists(word)):
         raise UsageError("%s is no command; many jobs come by --file FILE, or --file - from a pipe"
                          % _shown(word))
     if len(words) > 1:
@@ -4595,8 +4656,8 @@ def refuse_bare_braces(text: str) -> None:
                          % _shown(text))
     if text[:1] == "{" and not text[1:2].isspace():
         raise QueueError("%s is neither JSON nor a command; some shells (PowerShell) take the "
-                         "quotes out of JSON: use options instead, as in: enqueue --id job1 "
-                         "\"sleep 2\"" % _shown(text))
+                         "quotes out of JSON: use options instead, as in: %s"
+                         % (_shown(text), hint("enqueue --id job1 \"sleep 2\"")))
 
 
 def read_file(path: str, read: Callable[[BinaryIO], Iterator[tuple[str, Any]]]) \
@@ -4611,7 +4672,7 @@ def read_file(path: str, read: Callable[[BinaryIO], Iterator[tuple[str, Any]]]) 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Pairs of a place and a job whose command is a line."""
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_JOB), b""), 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError:
@@ -4731,14 +4792,6 @@ def given_fields(args: argparse.Namespace, names: Iterable[str]) -> dict[str, An
     return fields
 
 
-def checked_number(text: str) -> int:
-    """UsageError unless the text is a number of jobs."""
-    try:
-        return parse_integer(1, 2 ** 31)(text)
-    except QueueError as error:
-        raise UsageError("%s; 1 or more, or none" % error) from None
-
-
 @command(
     "enqueue", "add a job, or many", """queuectl.py enqueue 'sleep 2 && date'
   queuectl.py enqueue '{"id": "job1", "command": "sleep 2"}'
@@ -4774,20 +4827,51 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
     else:
         jobs = read_file(path, read_jobs if args.lines is None else read_lines)
     skipped: list[str] = []
+    stored: list[str] = []
+
+    def keep(ids: Sequence[str]) -> None:
+        stored.extend(ids[:1])
+        show_ids(ids)
+
     with Queue(args.db) as queue:
         try:
-            queues = queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), show_ids, say)
+            queues = queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), keep, say)
         except (OSError, ValueError) as error:
             raise QueueError("cannot read %s: %s" % (
                 path, getattr(error, "strerror", None) or error)) from None
         if skipped and path is None:
-            raise QueueError("job %s has ended already; without its state it is a new one"
-                             % skipped[0])
-        for text in dict.fromkeys(text for name in queues[:3] for text in obstacles(queue, name)):
-            say(text)
+            raise QueueError("this job has ended already, and is not stored; without its state it "
+                             "is a new one")
+        for id in stored if path is None and not queues else ():
+            job = queue.get(id)
+            if queue.stuck(job):
+                say_why(queue, [job])
+        say_once(text for name in queues[:3] for text in obstacles(queue, name))
     if skipped:
         say("%s skipped, which had ended already: %s" % (
             counted(len(skipped), "job"), " ".join(skipped[:5])))
+
+
+def say_once(texts: Iterable[str]) -> None:
+    for text in dict.fromkeys(texts):
+        say(text)
+
+
+def say_why(queue: Queue, jobs: Iterable[Job]) -> None:
+    """Tell who looks on why the first waiting one of these jobs waits, and what keeps others from
+    running until somebody does something about it."""
+    told: list[str] = []
+    first: dict[str, Job] = {}
+    for job in jobs:
+        if job.state == "pending":
+            first.setdefault(job.queue, job)
+    for name, job in first.items():
+        if not told:
+            told = why_waiting(queue, job)
+            if told:
+                say("job %s waits: %s" % (job.id, "; ".join(told)))
+        else:
+            say_once(text for text in obstacles(queue, name) if text not in told)
 
 
 def show_ids(ids: Sequence[str]) -> None:
@@ -4851,12 +4935,11 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 
 def say_what_is_left(queue: Queue, names: Sequence[str]) -> None:
     """Tell why a drain has left pending jobs of the queues that it served (none named: all)."""
-    for name, row in sorted(queue.counts_by_queue().items()):
-        if row["pending"] and (not names or name in names):
-            for job in queue.jobs("pending", name, 1):
-                say("%s left in the queue %s; job %s waits: %s" % (
-                    counted(row["pending"], "job"), name, job.id,
-                    "; ".join(why_waiting(queue, job, served=True))))
+    for job, count in first_waiting(queue, names):
+        reasons = why_waiting(queue, job, served=True)
+        if reasons:
+            say("%s left in the queue %s; job %s waits: %s" % (
+                counted(count, "job"), job.queue, job.id, "; ".join(reasons)))
 
 
 @command(
@@ -4872,7 +4955,8 @@ def cmd_worker_stop(queue: Queue, args: argparse.Namespace) -> None:
     count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue), say,
                          args.name, args.queue)
     say(counted(count, "worker") + " stopped" if count else
-        "no worker runs on %s" % queue.path)
+        "no worker runs on %s" % queue.path if not queue.workers() else
+        "no worker was started for just these queues; see: " + hint("worker list"))
 
 
 @command("worker list", "the workers that are alive", "queuectl.py worker list --json", JSON)
@@ -4910,11 +4994,8 @@ def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
     while args.watch and is_terminal(sys.stdout):
         import shutil
         size, status = shutil.get_terminal_size(), gather_status(queue)
-        warning = status_warning(status)
-        lines = ["! " + warning, ""] if warning else []
-        lines = (lines + list(status_sheet(status, time.time())))[:size.lines - 1]
-        sys.stdout.write("\x1b[H" + "".join(
-            clipped(line, size.columns) + "\x1b[K\n" for line in lines) + "\x1b[J")
+        sys.stdout.write("\x1b[H" + "".join(line + "\x1b[K\n" for line in status_screen(
+            status, status_warning(status), time.time(), size.columns, size.lines - 1)) + "\x1b[J")
         sys.stdout.flush()
         time.sleep(1)
     status = gather_status(queue)
@@ -4954,21 +5035,23 @@ def cmd_logs(queue: Queue, args: argparse.Namespace) -> None:
     sys.stdout.flush()
     job = queue.get(args.id)
     if args.follow:
-        say_why(queue, job)
-    printed = False
+        say_why(queue, [job])
+    shown, printed = 0, False
     for number, data in follow(queue, job, args.run, args.follow):
-        if number > 1 and args.follow and not data:
+        if shown and number != shown:
             say("run %d of job %s" % (number, job.id))
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
-        printed |= bool(data)
+        shown, printed = number, printed or bool(data)
     if not printed:
-        say("job %s has printed nothing" % job.id)
+        say("job %s has printed nothing%s" % (
+            job.id, " yet" if queue.get(job.id).state == "processing" else ""))
 
 
 @command(
     "wait", "wait until jobs have ended", "queuectl.py wait job1 job2 --timeout 1h",
-    option("id", nargs="*", metavar="ID", help="these (else all that have not ended now)"),
+    option("id", nargs="*", metavar="ID", help="these (none: all that have not ended now, and no "
+                                               "failure from before)"),
     option("--timeout", type=DURATION, metavar="T", help="exit 124 after this time"))
 def cmd_wait(queue: Queue, args: argparse.Namespace) -> None:
     live, start = is_terminal(sys.stderr), 0.0
@@ -4976,9 +5059,8 @@ def cmd_wait(queue: Queue, args: argparse.Namespace) -> None:
     def tell(done: int, failed: int, left: int) -> None:
         nonlocal start
         if not start and left:
-            waiting = args.id or [job.id for job in queue.jobs("pending", limit=1)]
-            for job in map(queue.get, waiting[:1]):
-                say_why(queue, job)
+            say_why(queue, map(queue.get, args.id) if args.id else
+                    (job for job, _ in first_waiting(queue)))
         start = start or time.monotonic()
         if live:
             rate = (done + failed) / max(time.monotonic() - start, 0.001)
@@ -4991,13 +5073,6 @@ def cmd_wait(queue: Queue, args: argparse.Namespace) -> None:
     finally:
         if live and start:
             print(file=sys.stderr)  # what is said next has a line of its own
-
-
-def say_why(queue: Queue, job: Job) -> None:
-    """Tell who looks on why a job waits."""
-    reasons = why_waiting(queue, job)
-    if reasons:
-        say("job %s waits: %s" % (job.id, "; ".join(reasons)))
 
 
 @command("cancel", "keep pending jobs from running; end running ones",
@@ -5053,10 +5128,10 @@ OLDER_THAN = option("--older-than", type=DURATION, default=0.0, metavar="T",
 @command("dlq purge", "delete dead jobs", "queuectl.py dlq purge --older-than 30d",
          IDS, OF_QUEUE, ALL, OLDER_THAN)
 def cmd_dlq_purge(queue: Queue, args: argparse.Namespace) -> None:
+    require_selection(args, needed=False)
     if args.id:
         if args.older_than:
             raise UsageError("name the jobs, or --older-than T")
-        require_selection(args)
         queue.purge(args.id)
     else:
         say("%s deleted" % counted(queue.prune(("dead",), args.older_than, args.queue),
@@ -5113,19 +5188,20 @@ def cmd_resume(queue: Queue, args: argparse.Namespace) -> None:
     "queuectl.py prune --older-than 7d --state completed", OLDER_THAN, OF_QUEUE, ALL,
     option("--state", choices=ENDED, help="only these: " + ", ".join(ENDED), metavar="STATE"))
 def cmd_prune(queue: Queue, args: argparse.Namespace) -> None:
+    require_selection(args, needed=False)
     states = [args.state] if args.state else ENDED
     say("%s deleted" % counted(queue.prune(states, args.older_than, args.queue), "job"))
 
 
 @command("limit", "run at most N jobs of a queue at once", "queuectl.py limit deploy 1",
          option("queue", type=checked(parse_queue), metavar="QUEUE"),
-         option("number", nargs="?", metavar="N", help="at most N, or none for no limit; without "
-                "it the limit is printed"))
+         option("number", nargs="?", type=checked(parse_limit), metavar="N",
+                help="1 or more, or none; without it the limit is printed"))
 def cmd_limit(queue: Queue, args: argparse.Namespace) -> None:
     if args.number is None:
         print(queue.limits().get(args.queue, "none"))
     else:
-        queue.limit(args.queue, None if args.number == "none" else checked_number(args.number))
+        queue.limit(args.queue, args.number)
 
 
 @command("metrics", "numbers for Prometheus", "queuectl.py metrics > queuectl.prom")
@@ -5307,8 +5383,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if isinstance(getattr(args, "id", None), list) and not any(w[:1] == "-" for w in unknown):
         args.id, unknown = args.id + unknown, []  # argparse gives up on ids behind an option
     if unknown:
-        hint = "; a command with options of its own goes behind --" if chosen == "enqueue" else ""
-        raise UsageError("unknown argument %s%s" % (unknown[0], hint))
+        raise UsageError("unknown argument %s%s" % (
+            unknown[0], "; a command with options of its own goes behind --"
+            if chosen == "enqueue" else ""))
     args.exact = exact
     args.db = getattr(args, "db", None)
     if args.db == "":
