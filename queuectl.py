@@ -24,15 +24,17 @@ What it promises, and by what means:
   - A worker is alive while it holds a kernel lock on a file of its own. No heartbeat, no
     lease, no pid file, so no clock and no reused pid can make a live worker look dead.
   - Never two copies of a job at once: whoever takes back a dead worker's job first ends
-    its process tree, which is known by an inherited lock and by its process group.
+    its process tree, which is known by three proofs: an inherited lock, its process group, and
+    its environment.
   - A worker never waits for anything but in one place, where its job's end and output,
-    signals, orders and wake-ups all arrive.
+    signals, orders and wake-ups all arrive. An order is the size of a lock file; a wake-up is a
+    hint, and whatever a lost one should have told is found within a second.
 
 Exit codes: 0 done; 1 refused or failed; 2 usage; 124 `--timeout` ran out; 130 interrupted.
 
-The file is built bottom-up, in rooms: errors, model, platform, schema, storage, runner,
-workers, output, commands, main. A room calls only rooms above it; only `class Queue`
-executes SQL; only the workers' room joins storage and runner.
+The file is built bottom-up, in rooms: errors, model, platform, schema, database, queue, runner,
+workers, clients, output, commands, main. A room calls only rooms above it; only database and
+queue execute SQL; only the workers' room joins queue and runner.
 """
 
 from __future__ import annotations
@@ -740,15 +742,21 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
+def raise_order(fd: int, order: int) -> None:
+    """Let the open lock file say at least that order, by its size: that needs no room on a disk
+    and no database. (Of two who do so at the same instant the lower one may win: so an order is
+    given to each process that it concerns, and heard at once.)"""
+    if os.fstat(fd).st_size < order:
+        os.ftruncate(fd, order)
+
+
 def give_order(path: str, order: int) -> None:
-    """Give an order to the process that holds the lock file at `path`: the size of the file,
-    which nobody makes smaller, and which needs no room on a disk and no database. (Not to this
-    process itself: see hold.)"""
+    """Give an order to the process that holds the lock file at `path`. (Not to this process
+    itself: see hold.)"""
     with contextlib.suppress(FileNotFoundError):
         fd = os.open(path, os.O_RDWR)
         try:
-            if os.fstat(fd).st_size < order:
-                os.ftruncate(fd, order)
+            raise_order(fd, order)
         finally:
             os.close(fd)
 
@@ -1151,7 +1159,9 @@ else:
 
     def boot_clock() -> float:
         """The clock of the start times of processes, in seconds: see proc(5), starttime."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.time()
+        if sys.platform == "linux":
+            return time.clock_gettime(time.CLOCK_BOOTTIME)
+        return time.time()
 
     @functools.lru_cache(maxsize=1)
     def _this_boot() -> str:
@@ -1175,17 +1185,21 @@ else:
             return
         for name in filter(str.isdigit, os.listdir("/proc")):
             # The name, in parentheses, may hold anything. After it: state, ppid, pgrp, ...
-            # starttime is the 22nd field of proc(5).
+            # num_threads and starttime are the 20th and the 22nd field of proc(5). A process
+            # goes on, though it looks like a zombie, while any of its threads does.
             fields = _read("/proc/%s/stat" % name).rpartition(b")")[2].split()
-            if fields and fields[0] not in b"ZX":
+            if fields and (fields[0] not in b"ZX" or int(fields[17]) > 1):
                 yield int(name), int(fields[2]), int(fields[19]) / CLOCK_TICKS
 
     def _read(path: str) -> bytes:
-        """What is in a file of /proc; nothing where that is over or not ours to know."""
+        """What is in a file of /proc; nothing where that is over or not ours to know. OSError
+        where this machine is short of something: that must not look like nothing."""
         try:
             with open(path, "rb", 0) as file:
                 return file.read()
-        except OSError:
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
             return b""
 
     def _holds(pid: int, lock: os.stat_result) -> bool:
@@ -1361,7 +1375,7 @@ else:
         by that descriptor: to open and close another one would drop SQLite's locks."""
         try:
             wanted = os.stat(path)
-            fds = map(int, os.listdir("/dev/fd")) if opened else [os.open(path, os.O_RDONLY)]
+            fds = open_descriptors() if opened else {os.open(path, os.O_RDONLY)}
         except OSError:
             return False
         for fd in fds:
@@ -1482,8 +1496,8 @@ else:
 
     def reap_strangers(ours: set[int]) -> None:
         """As the first process of a container, reap what others have left behind."""
-        with contextlib.suppress(ChildProcessError, AttributeError):
-            while True:
+        with contextlib.suppress(ChildProcessError):
+            while hasattr(os, "waitid"):
                 seen = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 if seen is None or seen.si_pid in ours:
                     return
@@ -1836,7 +1850,8 @@ CANCEL_PENDING = """
     UPDATE jobs SET state = 'cancelled', hold = -2, updated_at = :at,
         run_after = CASE hold WHEN 2 THEN NULL ELSE run_after END
     WHERE seq = :seq AND state = 'pending'"""
-CANCEL_RUNNING = "UPDATE jobs SET cancel = 1 WHERE seq = :seq AND state = 'processing'"
+CANCEL_RUNNING = """
+    UPDATE jobs SET cancel = 1 WHERE seq = :seq AND state = 'processing' AND NOT cancel"""
 EDIT_JOB = """
     UPDATE jobs SET command = :command, queue = :queue, priority = :priority, timeout = :timeout,
         max_retries = :max_retries, run_after = :run_after, hold = :hold, cwd = :cwd, env = :env,
@@ -2225,9 +2240,10 @@ class Database:
                 self._execute("COMMIT")
 
     @contextlib.contextmanager
-    def impatient(self) -> Iterator[None]:
-        """In here, hardly any time is spent on a busy database: DatabaseUnavailable, instead."""
-        self._patience = IMPATIENCE
+    def impatient(self, patience: float = IMPATIENCE) -> Iterator[None]:
+        """In here, no more than so many seconds are spent on a busy database:
+        DatabaseUnavailable, instead."""
+        self._patience = patience
         try:
             yield
         finally:
@@ -2348,6 +2364,7 @@ class Queue(Database):
     Times that come in are epoch seconds."""
 
     _serves_every = True
+    _receiving = False  # whether enqueue_from is under way
     path_of = staticmethod(resolve_path)
 
     def __enter__(self) -> Queue:
@@ -2400,7 +2417,19 @@ class Queue(Database):
         queues that have got jobs.
 
         The writer lock is not held while `jobs` is consumed, which may take its time: until
-        then they stand in a temporary table."""
+        then they stand in a temporary table. Where `jobs` or `show` enqueue something themselves,
+        that has tables of its own."""
+        if self._receiving:
+            with Queue(self.path, expect=self.identity) as other:
+                return other.enqueue_from(jobs, show, note)
+        self._receiving = True
+        try:
+            return self._receive(jobs, show, note)
+        finally:
+            self._receiving = False
+
+    def _receive(self, jobs: Iterable[tuple[str, Mapping[str, Any]]],
+                 show: Callable[[list[str]], None], note: Callable[[str], None]) -> list[str]:
         now = time.time()
         make_row = _job_rows(int(self.settings()["max_retries"]), now)
         for statement in INCOMING:
@@ -2654,8 +2683,10 @@ class Queue(Database):
         """Cancel every job of a queue (None: of all) that has not ended; how many. In small
         transactions."""
         count = 0
-        for page in itertools.chain(self._pages("pending", queue),
-                                    self._pages("processing", queue)):
+        # Of those that run first, which then cannot be put back as pending behind our back; and
+        # of those that have been started meanwhile.
+        for page in itertools.chain.from_iterable(
+                self._pages(state, queue) for state in ("processing", "pending", "processing")):
             with self._transaction():
                 count += sum(map(self._cancel, page))
             self._ring_for(page)
@@ -2682,7 +2713,7 @@ class Queue(Database):
     def edit(self, id: str, **fields: Any) -> None:
         """Change fields, as enqueue() takes them, of a job that does not run and has not completed;
         `env` is added to what it has. QueueError."""
-        refused = fields.keys() & {"id", "after", "unique"}
+        refused = fields.keys() & {"after", "unique"}
         if refused:
             raise QueueError("%s cannot be changed" % ", ".join(sorted(refused)))
         with self._transaction():
@@ -2752,7 +2783,7 @@ class Queue(Database):
                     raise QueueError("job %s is %s, not dead" % (job.id, job.state))
                 if not self._value(STILL_PRUNABLE % "'dead'", {
                         "seq": job.seq, "before": MAX_ISO, "queue": None}):
-                    raise QueueError("another job waits for %s; cancel that first" % job.id)
+                    raise QueueError("a job waits for %s; cancel that, and prune it first" % job.id)
             self._delete([{"seq": job.seq} for job in jobs])
 
     def _delete(self, seqs: list[dict[str, int]]) -> None:
@@ -3243,7 +3274,6 @@ class Output:
         self._last = limit - self._first
         self._head = bytearray()
         self._tail = bytearray()
-        self._seen = 0  # see fresh
 
     def feed(self, data: bytes) -> None:
         self.total += len(data)
@@ -3267,9 +3297,9 @@ class Output:
         """Between which places nothing is kept."""
         return self._first, max(self._first, self.total - self._last)
 
-    def fresh(self) -> list[tuple[int, bytes]]:
-        """What is kept of the bytes that have come since the last call, and is not too much."""
-        seen, self._seen = max(self._seen, self.total - LIVE_MOST), self.total
+    def fresh(self, seen: int) -> list[tuple[int, bytes]]:
+        """What is kept beyond the first `seen` bytes, and is not too much."""
+        seen = max(seen, self.total - LIVE_MOST)
         return [(max(start, seen), data[max(0, seen - start):])
                 for start, data in self.kept() if start + len(data) > seen]
 
@@ -3291,7 +3321,7 @@ class Execution:
         self.reading = False  # whether child.fd is open and not at its end
         self._show_at = time.monotonic() + LIVE_DELAY
         self._output = Output(claim.output_limit)
-        self._unshown = False  # whether something has come since show_output
+        self._shown = 0  # how many bytes of its output show_output has stored
         self._outcome: str | None = None  # why it is being ended, if it is
         self._exit: tuple[int | None, int | None] | None = None
         self._kill_at = self._look_at = math.inf
@@ -3319,7 +3349,7 @@ class Execution:
     def deadline(self) -> float:
         """When step() has to be called, whatever happens until then."""
         return min(self._timeout_at, self._look_at, self._kill_at,
-                   self._show_at if self._unshown else math.inf)
+                   self._show_at if self._shown < self._output.total else math.inf)
 
     def end(self, outcome: str) -> None:
         """End the command, unless that has begun: SIGTERM, after the grace SIGKILL."""
@@ -3382,17 +3412,17 @@ class Execution:
                 self.reading = False
                 break
             self._output.feed(data)
-            self._unshown = True
             if len(data) < CHUNK:
                 break
 
     def show_output(self, add: Callable[[int, list[tuple[int, bytes]], tuple[int, int]], None]) \
             -> None:
-        """Let others follow the output of a run that takes its time: `add` stores it."""
-        if self._unshown and time.monotonic() >= self._show_at:
+        """Let others follow the output of a run that takes its time: `add` stores it. (Where it
+        cannot, what has come is stored the next time.)"""
+        if self._shown < self._output.total and time.monotonic() >= self._show_at:
             self._show_at = time.monotonic() + LIVE_DELAY
-            self._unshown = False
-            add(self.claim.run, self._output.fresh(), self._output.missing())
+            add(self.claim.run, self._output.fresh(self._shown), self._output.missing())
+            self._shown = self._output.total
 
     def _reason(self, outcome: str) -> str:
         if outcome == "failed":
@@ -3537,7 +3567,7 @@ class Worker:
         """Forget this worker, but for what a run that it could not settle needs: that is left
         to its rescuer. What cannot be removed is swept by others."""
         queue = self._queue
-        with contextlib.suppress(QueueError):
+        with contextlib.suppress(QueueError), queue.impatient(TICK):
             if not any(row["worker"] == self._name for row in queue.open_runs()):
                 queue.unregister(self._name)
                 self._lock.discard()
@@ -3568,7 +3598,7 @@ class Worker:
         Where the machine is short of something, it tries again every TICK: a result is
         kept until it is stored, and is stored also where no next job could be locked."""
         lock = ""
-        while True:
+        while result is not None or self._level == RUN:
             if not lock and self._level == RUN:
                 try:
                     lock = self._lock.renew()
@@ -3589,6 +3619,7 @@ class Worker:
                     self._recovered()
                     return claim
             self._pause()
+        return None
 
     def _complain(self, text: str) -> None:
         """Warn, but only once until something has succeeded again."""
@@ -3638,7 +3669,7 @@ class Worker:
         except BaseException:  # the database is gone: nobody could record how this ends
             execution.end("interrupted")
             while execution.step() is None:
-                self._waiter.wait(0.05)
+                time.sleep(0.05)  # not in the one place: nobody hears what wakes it there
             raise
         if child is not None:
             child.close()
@@ -3836,7 +3867,7 @@ class Supervisor:
             self._lock_path = queue.lock_path(name)
             self._bell_path = queue.bell_path(name)
             self._held, self._bell = hold(self._lock_path), Bell(self._bell_path)
-            self._rescuer.look(queue, self._log.warn)
+            self._rescuer.finish(queue, self._log.warn)  # or a drain would miss what it brings
             queue.sweep()
             queue.register(name, name, self._options.queues, self._options.via,
                            self._options.count)
@@ -3847,7 +3878,8 @@ class Supervisor:
             "them" if self._options.count > 1 else "it", hint("worker stop")))
 
     def _leave(self) -> None:
-        with contextlib.suppress(QueueError), open_queue(self._options) as queue:
+        with contextlib.suppress(QueueError), open_queue(self._options) as queue, \
+                queue.impatient(TICK):
             if self._rescuer.dying:
                 self._rescuer.finish(queue, self._log.warn)
             queue.unregister(self._options.name)
@@ -3904,7 +3936,7 @@ class Supervisor:
             return
         self._level = level
         with contextlib.suppress(OSError):
-            os.ftruncate(self._held, level)
+            raise_order(self._held, level)
         self._ring()
         self._log.event("ending the jobs and putting them back" if level == NOW else
                         "finishing the current jobs" if self._first_signal is None else
@@ -3966,11 +3998,13 @@ class Supervisor:
         """Checkpoint, and delete completed jobs past their time: in small steps, so that this
         never holds the writer lock, nor a signal, for long."""
         now, deleted = time.monotonic(), 0
+        keeping = now >= self._next_keeping
         self._next_checkpoint = now + TICK / 2  # a slow reader may keep the -wal file long
-        with contextlib.suppress(QueueError), open_queue(self._options) as queue:
+        self._next_keeping = max(self._next_keeping, now + TICK)  # whatever fails below
+        with contextlib.suppress(QueueError), open_queue(self._options) as queue, \
+                queue.impatient(TICK):
             queue.checkpoint()
-            if now >= self._next_keeping:
-                self._next_keeping = now + TICK
+            if keeping:
                 self._kept_until, deleted = queue.housekeeping(self._kept_until)
                 self._next_keeping = now + (
                     0.05 if deleted else TICK if self._kept_until else HOUSEKEEPING)
@@ -4125,8 +4159,11 @@ def status_warning(status: Mapping[str, Any]) -> str | None:
         return "%s and no worker runs; start one: %s" % (
             "1 job waits" if count == 1 else "%d jobs wait" % count, hint("worker start"))
     alone = [name for name in waiting if not any(serves(info, name) for info in workers)]
-    return "jobs wait in %s, which no worker serves; start one: %s" % (
-        ", ".join(alone), hint("worker start --queue " + alone[0])) if alone else None
+    if not alone:
+        return None
+    return "jobs wait in %s%s, which no worker serves; start one: %s" % (
+        ", ".join(alone[:3]), ", ..." if alone[3:] else "",
+        hint("worker start --queue " + alone[0]))
 
 
 def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[tuple[int, bytes]]:
@@ -4261,7 +4298,7 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
     ended now. `tell` gets (done, failed, left) now and then. TimeoutExpired; QueueError for a job
     that does not exist, and where not all have completed."""
     until = math.inf if timeout is None else time.monotonic() + timeout
-    last = queue.wait_for_all()
+    last = 0 if ids else queue.wait_for_all()
     open_jobs = [queue.get(id).id for id in dict.fromkeys(ids) if id != own_job]
     total = len(open_jobs) if ids else queue.progress(last, own_job)[0]
     failed, reasons = 0, []

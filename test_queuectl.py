@@ -687,8 +687,8 @@ class Model(Case):
         self.check(lambda text: queuectl.parse_time(text, now=1000), [
             ("5:47", 1020), ("05:46", 87360), ("23:30", 64800), ("05:00", 84600)])
         self.check_refused(queuectl.parse_time, [
-            "", " ", "tomorrow", "24:00", "12:60", "1:2:3", ":30", "2", 2, "0", 0, "2026", "20260131",
-            "12:", "2026-13-01", "2026-02-30T12:00", "2026-01-01T25:00",
+            "", " ", "tomorrow", "24:00", "12:60", "1:2:3", ":30", "12:", "2", 2, "0", 0, "2026",
+            "20260131", "2026-13-01", "2026-02-30T12:00", "2026-01-01T25:00",
             "+", "+x", "+-5", "++5", "+nan", "+inf", "-1", -1, "-10m", "10m", "nan", "inf",
             float("nan"), float("inf"), 1e300, 10 ** 400, noon * 1000, "9999-12-31T23:59:59-01:00",
             "0001-01-01T00:00", "1969-12-31T23:59:59Z", True, None, [], {}])
@@ -769,6 +769,7 @@ class Model(Case):
             ((1, None, b""), ["exit code 1"]),
             ((3, None, b"one\ntwo\n\n"), ["exit code 3", "two"]),
             ((127, None, b"sh: x: not found\n"), ["exit code 127", "PATH", "--env PATH", "sh: x"]),
+            ((127, None, b"x: not found", "x -a"), ["the worker's PATH counts"]),
             ((126, None, b""), ["exit code 126", "not executable"]),
             ((None, int(signal.SIGKILL), b""), ["SIGKILL"]),
             ((None, 99, b""), ["signal 99"]),
@@ -780,6 +781,9 @@ class Model(Case):
             self.assertNotIn("\n", text)
         self.assertLess(len(queuectl.exit_error(1, None, b"x" * 10 ** 6)), 1000)
         self.assertNotIn("one", queuectl.exit_error(3, None, b"one\ntwo\n"))
+        # PATH has nothing to do with a name that has a folder.
+        self.assertEqual(queuectl.exit_error(127, None, b"", "./x -a"),
+                         "exit code 127 (command not found)")
 
     def test_settings_have_their_defaults(self):
         defaults = {"max_retries": 3, "backoff_base": 2, "backoff_max": 3600, "job_timeout": 300,
@@ -1087,7 +1091,8 @@ class Schema(StorageCase):
                     self.assertIn(index, text)
                 for sql, detail in plan:
                     found = re.match(r"(SCAN|SEARCH) (?:TABLE )?(?:jobs|runs|dependant)\b"
-                                     r"(?: AS \w+)?(?: USING (?:COVERING )?(?:INDEX )?(.*))?",
+                                     r"(?: AS \w+)?(?: EXISTS)?"
+                                     r"(?: USING (?:COVERING )?(?:INDEX )?(.*))?",
                                      detail)
                     if not found:
                         continue
@@ -1331,6 +1336,15 @@ class Storage(StorageCase):
         self.assertEqual([(job.id, job.command) for job in queue.jobs()], expected)
         self.assertEqual(queue.counts()["pending"], len(expected))
 
+    def test_a_source_of_jobs_may_enqueue_others(self):
+        """Such as those that its own jobs wait for: each is stored once, and none is lost."""
+        queue = self.queue()
+        with mock.patch.object(queuectl, "PAGE", 2):
+            ids = queue.enqueue_many({"command": "b", "after": [queue.enqueue("a")]}
+                                     for _ in range(5))
+        self.assertEqual([queue.get(id).command for id in ids], ["b"] * 5)
+        self.assertEqual(sorted(job.command for job in queue.jobs()), ["a"] * 5 + ["b"] * 5)
+
     def test_what_is_counted_is_of_one_moment(self):
         """A job that is put back meanwhile is neither missed nor counted twice."""
         queue, other = self.queue(), self.queue()
@@ -1357,6 +1371,26 @@ class Storage(StorageCase):
         with self.assertRaises(queuectl.DatabaseUnavailable), queue._snapshot():
             queue._execute("ROLLBACK")  # as SQLite does where it cannot read
             raise queuectl.DatabaseUnavailable("disk I/O error")
+
+    def test_cancel_all_misses_nothing_that_changes_meanwhile(self):
+        """One that runs fails and is put back, and one that waits is started, while it looks."""
+        queue, other = self.queue(), self.queue()
+        queue.set_setting("backoff_base", 0)
+        queue.enqueue("true", id="failing")
+        claim, pages = self.claim(other), queue._pages
+        list(queue.enqueue_many({"command": "true", "id": "j%d" % number} for number in range(5)))
+
+        def changing(state, name):
+            for page in pages(state, name):
+                yield page
+                if state == "pending" and claim.run == queue._value("SELECT max(run) FROM runs"):
+                    self.settle(other, claim, "failed")
+                    self.assertEqual(self.claim(other).id, "j2")
+        with mock.patch.object(queuectl, "PAGE", 2), mock.patch.object(queue, "_pages", changing):
+            self.assertEqual(queue.cancel_all(), 6)
+        self.assertEqual([job.id for job in queue.jobs() if job.state == "pending"], [])
+        self.assertEqual([job.id for job in queue.jobs() if job.state == "processing"], ["j2"])
+        self.assertTrue(queue.get("j2").cancel)
 
     def test_retry_all_lets_others_write_in_between(self):
         queue, other = self.queue(), self.queue()
@@ -1971,7 +2005,8 @@ class ModelTest(StorageCase):
     def do_set(self):
         key, value = self.random.choice([
             ("backoff_base", 0), ("backoff_base", 3), ("backoff_max", 5), ("max_retries", 2),
-            ("job_timeout", 7), ("on_dead", "mail me"), (self.random.choice(list(self.DEFAULTS)), None)])
+            ("job_timeout", 7), ("on_dead", "mail me"),
+            (self.random.choice(list(self.DEFAULTS)), None)])
         self.log("%s = %s", key, value)
         if value is None:
             self.any_queue().unset_setting(key)
@@ -2038,8 +2073,9 @@ class Commands(StorageCase):
                             (("list", "--nope"), "--nope", 2), (("list", "x"), "x", 2),
                             (("status", "--", "x"), "", 2), (("show",), "ID", 2),
                             (("show", "a", "b"), "b", 2), (("logs",), "ID", 2),
-                            (("cancel",), "--all", 2), (("config", "set", "max_retries"), "VALUE", 2),
-                            (("cancel", "a", "--all"), "--all", 2), (("edit",), "ID", 2),
+                            (("config", "set", "max_retries"), "VALUE", 2), (("edit",), "ID", 2),
+                            (("edit", "a"), "--priority", 2), (("cancel",), "--all", 2),
+                            (("cancel", "a", "--all"), "--all", 2),
                             (("cancel", "--queue", "q", "--all"), "--all", 2),
                             (("dlq", "retry", "a", "--queue", "q"), "--queue", 2),
                             (("dlq", "purge", "--queue", "q", "--all"), "--all", 2),
@@ -2087,6 +2123,102 @@ class Commands(StorageCase):
         "after": ["", "nope", "a b", 1, True, ["nope"], [1], [[]], {"a": 1}, ["a", ""]],
         "unique": ["", "a b", "-a", 1, True, []],
     }
+
+    def test_what_is_hardly_meant_as_a_command(self):
+        """It is refused, and the line says how it is done; behind -- it is a command."""
+        for name in ("jobs.json", "jobs.jsonl"):
+            with open(name, "w") as file:
+                file.write("[]")
+        self.check_refused([(("enqueue", word), "--file", None) for word in (
+            "-", "@job.json", "@", "jobs.json", "jobs.jsonl", self.path("jobs.json"), "[]", " [ ] ",
+            '["a"]', "[1]", '[{"command": "x"}]')]
+            + [(("enqueue", '{"id": "x", "command": "a", "state": "%s"}' % state), "ended", 1)
+               for state in queuectl.ENDED]
+            + [(("enqueue", "--run-at", "2", "true"), "23:30", 2)])
+        for words in (["[ -f jobs.json ]"], ['[ "$x" = "" ]'], ["no-such.json"], ["jobs.json x"],
+                      ["--", "jobs.json"], ["--", "-"], ["./jobs.json.sh"], ["-", "x"]):
+            self.ok("enqueue", *words)
+
+    def test_lines(self):
+        """A shell command line per line, as xargs and parallel users expect: one transaction, an
+        error names its line, blank lines are skipped, options are defaults."""
+        self.play("""
+            $ queuectl enqueue --lines - --queue q --after nobody <<END
+            > true
+            > END
+            ! queuectl: line 1: after: there is no job nobody
+            [1]
+            $ queuectl enqueue --lines - --queue q --priority 3 <<END
+            > echo 'a  b' | cat
+            >
+            >    {"not": "json"}
+            > - @x #
+            > END
+            ...
+            $ pick command,queue,priority queuectl list --json
+            echo 'a  b' | cat q 3
+            {"not": "json"} q 3
+            - @x # q 3
+            $ printf '\\357\\273\\277one\\r\\n\\r\\ntwo' >lines
+            $ queuectl enqueue --lines lines >ids
+            $ wc -l <ids
+            2
+            $ pick command queuectl list --json --last 2
+            one
+            two
+            $ queuectl enqueue --lines - <<END
+            > END
+            """)
+        self.check_refused([
+            (("enqueue", "--lines", "-"), says, 1, data) for says, data in (
+                ("line 3: is not UTF-8", b"a\n\n\xff\n"),
+                ("line 2: command: holds a NUL", b"a\n\0\n"),
+                ("line 2: command: is", b"a\n" + b"x" * 131072))] + [
+            (("enqueue", "--lines", "missing"), "missing", 1),
+            (("enqueue", "--lines", "x", "--file", "y"), "give one", 2),
+            (("enqueue", "--lines", "x", "true"), "give one", 2),
+            (("enqueue", "--lines", "x", "--id", "a"), "--id", 2)])
+
+    def test_without_dev_fd(self):
+        """Where it is not mounted, the numbers of descriptors are tried."""
+        with mock.patch("os.listdir", side_effect=FileNotFoundError):
+            with open(os.devnull) as file:
+                number = file.fileno()
+                self.assertIn(number, queuectl.open_descriptors())
+            self.assertNotIn(number, queuectl.open_descriptors())
+        place = ["unshare", "-m", "sh", "-c", "mkdir dev && mknod dev/null c 1 3 && "
+                 "mount --bind dev /dev && test ! -e /dev/fd && exec \"$@\"", "-"]
+        self.ok("enqueue", "--id", "a", "echo here")
+        if ROOT and shutil.which("unshare") and not subprocess.call(
+                place + ["true"], stderr=subprocess.DEVNULL):
+            os.unlink("dev/null")
+            os.rmdir("dev")
+            subprocess.check_call(place + [sys.executable, SCRIPT, "worker", "start", "--drain",
+                                           "--quiet"], timeout=PATIENCE)
+            self.assertEqual(self.ok("logs", "a"), "here\n")
+
+    def test_list_last(self):
+        self.play("""
+            $ queuectl enqueue --lines - --queue a <<END
+            > 1
+            > 2
+            > 3
+            > END
+            ...
+            $ queuectl enqueue --queue b 4
+            ......
+            $ pick command,view queuectl list --last 2 --json
+            3 pending
+            4 pending
+            $ pick command queuectl list --last 9 --queue a --json
+            1
+            2
+            3
+            $ pick command queuectl list --last 2 --queue a --limit 1 --json
+            2
+            $ queuectl list --last 0 --json
+            []
+            """)
 
     def test_every_field_with_wrong_values(self):
         """As a field of JSON, and what is a string as an option, too, where it is an error of
@@ -2515,7 +2647,7 @@ class Commands(StorageCase):
             $ queuectl show blocked
             ...
             state     blocked
-            waits     it waits for dead, which is dead (to run that again: queuectl.py dlq retry dead); ...
+            waits     it waits for dead, which is dead (to run that again: ... dlq retry dead); ...
             ...
             after     dead
             ...
@@ -2683,18 +2815,23 @@ class Documents(Case):
     """README.md and --help speak of every command, option and setting."""
 
     COMMANDS = {
-        "enqueue": "--file --id --queue --priority --max-retries --timeout --delay --run-at --cwd "
-                   "--env --after --unique",
+        "enqueue": "--file --lines --id --queue --priority --max-retries --timeout --delay "
+                   "--run-at --cwd --env --after --unique",
         "worker start": "--count --drain --detach --ensure --queue --via",
-        "worker stop": "--now --timeout", "worker list": "--json", "status": "--json --watch",
-        "list": "--state --queue --limit --json", "show": "--json", "logs": "-f --run",
-        "wait": "--timeout", "cancel": "", "dlq list": "--json", "dlq retry": "--all",
-        "dlq purge": "--older-than", "config list": "", "config get": "", "config set": "",
-        "config unset": "", "pause": "", "resume": "", "prune": "--older-than --state",
+        "worker stop": "--queue --now --timeout", "worker list": "--json",
+        "status": "--json --watch",
+        "list": "--state --queue --limit --last --json", "show": "--json", "logs": "-f --run",
+        "wait": "--timeout", "cancel": "--queue --all",
+        "edit": "--command --priority --queue --timeout --max-retries --run-at --delay --cwd --env",
+        "dlq list": "--queue --json", "dlq retry": "--queue --all",
+        "dlq purge": "--older-than --queue --all", "config list": "", "config get": "",
+        "config set": "",
+        "config unset": "", "pause": "", "resume": "", "limit": "",
+        "prune": "--older-than --state --queue",
         "metrics": "", "completion": "",
     }
     SETTINGS = ("max_retries", "backoff_base", "backoff_max", "job_timeout", "kill_grace",
-                "output_limit", "keep_completed")
+                "output_limit", "keep_completed", "on_dead")
 
     def setUp(self):
         super().setUp()
@@ -2751,7 +2888,7 @@ class Documents(Case):
                 default = self.ok("config", "get", name).strip()
                 lines = [line for line in text.splitlines() if name in line]
                 self.assertTrue(lines)
-                number = re.match(r"[\d.]+", default).group()
+                number = re.match(r"[\d.]+|\w+", default).group()
                 self.assertTrue(any(re.search(r"\b%s\b|\b%s" % (number, default), line)
                                     for line in lines), "%s %s" % (default, lines))
 
@@ -3222,6 +3359,28 @@ class Platform(Process):
         self.assertEqual(child.ended(), (None, signal.SIGKILL))
 
     @linux
+    def test_end_tree_knows_a_process_whose_first_thread_has_ended(self):
+        """It looks like a zombie, and is alive."""
+        code = "import ctypes, threading, time; " \
+               "threading.Thread(target=time.sleep, args=(1000,)).start(); " \
+               "exit = ctypes.CDLL(None).pthread_exit; exit.argtypes = [ctypes.c_void_p]; exit(0)"
+        child, path = self.tree("exec env -i " + self.closing(
+            "exec %s -c %s" % (PYTHON, shlex.quote(code))))
+        self.until(lambda: b") Z" in read_file("/proc/%d/stat" % child.pid))
+        self.assertIsNone(child.poll())
+        self.kill_tree(path, child.pid)
+        self.assertEqual(child.ended(), (None, signal.SIGKILL))
+
+    @linux
+    def test_end_tree_does_not_take_a_shortage_for_nobody(self):
+        child, path = self.tree("exec sleep 1000")
+        with mock.patch.object(queuectl, "open", create=True,
+                               side_effect=OSError(errno.ENFILE, "no")):
+            with self.assertRaises(OSError):
+                queuectl.end_tree(path, 7, "db/7")
+        self.kill_tree(path, child.pid)
+
+    @linux
     def test_end_tree_kills_nobody_without_proof(self):
         child, path = self.tree("cd %s; %s; exit 0" % (shlex.quote(self.dir), self.BARE))
         pid = self.bare(self.dir)
@@ -3353,8 +3512,8 @@ class Runner(Process):
                 big = at > 10000  # from then on more comes than is shown
                 size = random.choice((70, 200, 1000)) if big else random.choice((1, 20, 60))
                 output.feed(stream[at:at + size])
-                at = min(at + size, len(stream))
-                queue.add_output(claim.run, output.fresh(), output.missing())
+                seen, at = at, min(at + size, len(stream))
+                queue.add_output(claim.run, output.fresh(seen), output.missing())
                 fast, missed = self.read_on(queue, claim.run, stream, fast)
                 self.assertEqual(fast, at)
                 self.assertTrue(big or not missed)
@@ -3369,6 +3528,28 @@ class Runner(Process):
         for seen in (slow, fast, 0, 10000):  # of a run that has ended
             self.assertEqual(self.read_on(queue, claim.run, stream, seen)[0], len(stream))
         self.assertEqual(queue.pieces(claim.run)[0], output.kept())
+
+    def test_what_could_not_be_shown_is_shown_the_next_time(self):
+        """While another program has the database, nothing of a live output is lost."""
+        queue = self.queue(durable=False)
+        queue.enqueue("exit")
+        claim = self.claim(queue)
+        with mock.patch.object(queuectl, "Child", side_effect=OSError(errno.EAGAIN, "no")):
+            execution = queuectl.Execution(claim, "exit", {}, None)
+        with mock.patch.object(queuectl, "LIVE_DELAY", 0), queue.impatient(), \
+                contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other:
+            execution._show_at, execution._timeout_at = 0, math.inf
+            for text, busy in ((b"one", False), (b"two", True), (b"three", False)):
+                execution._output.feed(text)
+                if busy:
+                    other.execute("BEGIN IMMEDIATE")
+                    with self.assertRaises(queuectl.DatabaseUnavailable):
+                        execution.show_output(queue.add_output)
+                    other.execute("ROLLBACK")
+                    self.assertLess(execution.deadline(), math.inf)  # without more to come
+                else:
+                    execution.show_output(queue.add_output)
+        self.assertEqual(queue.output(claim.run), b"onetwothree")
 
     def test_what_is_read_of_an_output_is_of_one_moment(self):
         """Where its run ends meanwhile, it is not taken for whole too soon."""
@@ -3535,6 +3716,57 @@ class Workers(Process):
         self.assertLessEqual(times[0], 0)  # it is time
         self.assertGreater(times[1], 0.5 * queuectl.TICK)
 
+    def test_a_supervisor_that_cannot_open_the_database_sleeps_before_it_tries_again(self):
+        supervisor = queuectl.Supervisor(self.worker()._options)
+        with mock.patch.object(queuectl, "open_queue",
+                               side_effect=queuectl.DatabaseUnavailable("no")):
+            supervisor._keep_in_order()
+        self.assertGreater(supervisor._next_keeping, time.monotonic())
+
+    def test_who_has_no_result_to_store_can_be_stopped_while_the_database_is_busy(self):
+        """Neither a supervisor that would checkpoint nor a worker that leaves waits for long."""
+        supervisor, worker, queue = (
+            queuectl.Supervisor(self.worker()._options), self.worker(), self.queue())
+        worker._queue, worker._level = queue, queuectl.DRAIN
+        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other, \
+                mock.patch.object(queuectl, "_size", return_value=sys.maxsize):
+            other.execute("BEGIN IMMEDIATE")
+            start = time.monotonic()
+            self.assertIsNone(worker._turn(None))
+            self.assertLess(time.monotonic() - start, 0.5)
+            supervisor._keep_in_order()
+            self.assertLess(time.monotonic() - start, 0.5 * queuectl.BUSY_BUDGET)
+
+    def test_who_waits_for_a_job_that_cannot_end_well_sleeps(self):
+        """A worker whose database is gone ends its job, and is not kept awake meanwhile by a bell
+        that it does not answer any more."""
+        worker, steps = self.worker(), []
+        worker._queue, worker._waiter, worker._slot = mock.Mock(), mock.Mock(), 1
+        worker._queue.identity, worker._queue.path, worker._env = "id", self.db, {}
+        worker._waiter.wait.return_value = [1]  # at once
+        claim = mock.Mock(cwd=None, env={}, attempts=1, max_retries=3, id="a", run=1)
+        execution = mock.Mock(child=None)
+        start = time.monotonic()
+        execution.step.side_effect = lambda: steps.append(1) or (
+            True if time.monotonic() > start + 0.3 else None)
+        worker._lock = None
+        with mock.patch.object(queuectl, "Execution", return_value=execution), \
+                mock.patch.object(worker, "_attend", side_effect=QueueError("gone")), \
+                self.assertRaises(QueueError):
+            worker._run(claim)
+        self.assertLess(len(steps), 20)
+
+    def test_an_order_does_not_lower_one_that_came_meanwhile(self):
+        """A signal that arrives while somebody else says: now."""
+        supervisor = queuectl.Supervisor(self.worker()._options)
+        supervisor._log = mock.Mock()
+        supervisor._lock_path = self.path("lock")
+        supervisor._held = os.open(self.path("lock"), os.O_RDWR | os.O_CREAT)
+        self.addCleanup(os.close, supervisor._held)
+        queuectl.give_order(self.path("lock"), queuectl.NOW)
+        supervisor._order(queuectl.DRAIN)
+        self.assertEqual(os.path.getsize(self.path("lock")), queuectl.NOW)
+
     def test_a_supervisor_outlives_a_shortage(self):
         supervisor = queuectl.Supervisor(self.worker()._options)
         supervisor._log = mock.Mock()
@@ -3595,10 +3827,9 @@ class Workers(Process):
         worker._sleep(0.0)  # not again so soon
         self.assertEqual(seen, [queuectl.IMPATIENCE])
         with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other, \
-                mock.patch.object(queuectl, "IMPATIENCE", -1.0), \
                 mock.patch("time.sleep", side_effect=AssertionError("it sleeps")):
             other.execute("BEGIN IMMEDIATE")
-            with self.assertRaises(queuectl.DatabaseUnavailable), queue.impatient():
+            with self.assertRaises(queuectl.DatabaseUnavailable), queue.impatient(-1.0):
                 queue.pause()
         self.assertEqual(queue._patience, queuectl.BUSY_BUDGET)
 
@@ -5935,6 +6166,16 @@ class Everyday(Case):
         self.assertNotIn("Traceback", shown)
         return shown
 
+    def patient(self, *words):
+        """Start a worker that nothing but a bell wakes."""
+        program = self.path("patient.py")
+        with open(program, "w") as file:
+            file.write("import sys; sys.path.insert(0, %r); import queuectl\n"
+                       "queuectl.TICK = 1000.0\n"
+                       "if __name__ == '__main__': sys.exit(queuectl.main())\n" % HERE)
+        with mock.patch("%s.SCRIPT" % __name__, program):
+            return self.workers(1, *words)
+
     def no_workers_left(self):
         """As a cleanup: end the workers that were started in the background."""
         with Queue(self.db) as queue:
@@ -6051,6 +6292,14 @@ class Wait(Everyday):
         self.assertEqual((named.rest()[0], all_of_them.rest()[0]), (1, 1))
         self.assertEqual(self.states(), dict(first="dead", second="blocked", third="blocked"))
 
+    def test_named_jobs_cost_nothing_for_all_the_others(self):
+        with Queue(self.db) as queue:
+            queue.enqueue("true", id="a")
+            queue.cancel(["a"])
+            with mock.patch.object(queue, "wait_for_all", side_effect=AssertionError), \
+                    self.assertRaisesRegex(QueueError, "a is cancelled"):
+                queuectl.wait_for(queue, ["a"], 0, None, lambda *numbers: None)
+
     def test_who_looks_long_rests_long(self):
         """Or a look at a million jobs would follow the other."""
         clock = mock.Mock(now=1000.0)
@@ -6149,6 +6398,156 @@ class Wait(Everyday):
         code, shown = waiting.rest()
         self.assertEqual(code, 0, shown)
         self.assertIn("1 completed, 0 not, 0 left", shown)
+
+
+class Why(Everyday):
+    """Why a job waits: one function, and everybody who looks on is told."""
+
+    def test_show(self):
+        """Paused, at its limit, not served, blocked, for later, behind others, or next."""
+        self.clock()
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "run", "command": "true", "queue": "deploy", "priority": 9}
+            > {"id": "limited", "command": "true", "queue": "deploy"}
+            > {"id": "later", "command": "true", "delay": 60}
+            > {"id": "blocked", "command": "true", "after": "later", "delay": 90}
+            > {"id": "ready", "command": "true", "priority": 1}
+            > {"id": "second", "command": "true"}
+            > {"id": "third", "command": "true"}
+            > END
+            ...
+            $ queuectl limit deploy 1
+            $ work 0
+            """)
+        with Queue(self.db) as queue:
+            self.assertEqual(self.claim(queue).id, "run")
+        alone = "no worker runs (start one: queuectl.py worker start)"
+        for id, waits in (
+                ("run", None),
+                ("limited", alone + "; the limit of the queue deploy is reached (1: run)"),
+                ("later", "it waits until 2027-01-15 08:01:00 +0000 (in 1m00s); " + alone),
+                ("blocked", "it waits for later, which is pending; it waits until "
+                            "2027-01-15 08:01:30 +0000 (in 1m30s); " + alone),
+                ("ready", alone), ("second", alone + "; 1 job stands before it"),
+                ("third", alone + "; 2 jobs stand before it")):
+            found = re.findall(r"(?m)^waits +(.*)$", self.ok("show", id))
+            self.assertEqual(found, [waits] if waits else [], id)
+        self.assertIn("runs at   2027-01-15 08:01:30 +0000 (in 1m30s)", self.ok("show", "blocked"))
+        self.play("""
+            $ queuectl pause deploy
+            $ queuectl show limited
+            ...
+            waits     the queue deploy is paused (to go on: queuectl.py resume deploy); no ...
+            ...
+            $ queuectl pause
+            $ queuectl show third
+            ...
+            waits     all queues are paused (to go on: queuectl.py resume); no worker runs ...
+            ...
+            $ queuectl cancel later
+            $ queuectl show blocked
+            ...
+            waits     it waits for later, which is cancelled (to run that again: ...); ...
+            ...
+            """)
+
+    def test_workers(self):
+        """Those that do not serve its queue, and those that are busy."""
+        meeting, _, _ = self.busy()
+        self.add("next", "true")
+        self.add("mail", "true", queue="mail")
+        for words in (("--queue", "other"), ("--queue", "another")):
+            self.assertIn("waits     it is the next one, once a worker is free\n",
+                          self.ok("show", "next"))
+            self.workers(1, *words)
+        meeting.let_go()
+        self.until_state("mail", "completed")
+        self.ok("worker", "stop", *[info.name for info in self.queue().workers()
+                                    if info.queues is None])
+        self.add("post", "true", queue="mail")
+        self.play("""
+            $ queuectl show post
+            ...
+            waits     no worker serves the queue mail (start one: ... worker start --queue mail)
+            ...
+            $ queuectl wait post --timeout 0
+            ! queuectl: job post waits: no worker serves the queue mail (start one: ...
+            ! queuectl: 1 job has not ended in time
+            [124]
+            $ queuectl enqueue --queue mail true
+            ...
+            ! queuectl: no worker serves the queue mail ...
+            $ queuectl enqueue --id other --queue other true
+            other
+            """)
+        self.until_state("other", "completed")
+        self.play("""
+            $ queuectl status
+            ...
+            workers   2 workers, 0 busy
+            ...
+            ! queuectl: jobs wait in mail, which no worker serves; start one: ... --queue mail
+            """)
+
+    def test_who_looks_on(self):
+        """wait, named or not, logs -f, enqueue, and the end of a drain, which goes on to succeed.
+        What they say can be pasted: it begins with the program as it was called."""
+        self.play("""
+            $ queuectl enqueue --id a true
+            a
+            ! queuectl: no worker runs (start one: queuectl.py worker start)
+            $ queuectl pause
+            $ queuectl enqueue --id b --queue q --max-retries 1 false
+            b
+            ! queuectl: all queues are paused (to go on: queuectl.py resume)
+            ! queuectl: no worker runs ...
+            $ queuectl wait a --timeout 0
+            ! queuectl: job a waits: all queues are paused (to go on: queuectl.py resume); no ...
+            ! queuectl: 1 job has not ended in time
+            [124]
+            $ queuectl wait --timeout 0 2>&1 | cat
+            queuectl: job a waits: all queues are paused (to go on: ... resume); no worker ...
+            queuectl: 2 jobs have not ended in time
+            """)
+        screen = self.terminal("logs", "-f", "a")
+        screen.until("queuectl: job a waits: all queues are paused")
+        self.interrupted(screen)
+        self.play("""
+            $ queuectl worker start --drain
+            ! ...
+            ! queuectl: 1 job left in the queue default; job a waits: all queues are paused ...
+            ! queuectl: 1 job left in the queue q; job b waits: all queues are paused ...
+            $ queuectl resume
+            $ queuectl pause q
+            $ queuectl wait a b --timeout 0
+            ! queuectl: job a waits: no worker runs ...
+            ! queuectl: the queue q is paused (to go on: queuectl.py resume q)
+            ! queuectl: 2 jobs have not ended in time
+            [124]
+            $ queuectl wait --timeout 0
+            ! queuectl: job a waits: no worker runs ...
+            ! queuectl: the queue q is paused (to go on: queuectl.py resume q)
+            ! queuectl: 2 jobs have not ended in time
+            [124]
+            $ queuectl worker start --db q.db --drain --queue default --queue q
+            ! ...
+            ! ...started...
+            ! ...completed...
+            ! queuectl: 1 job left in the queue q; job b waits: the queue q is paused (to go on: ...
+            $ queuectl resume q
+            $ queuectl worker start --drain --quiet
+            ! ...job b dead after ...: exit code 1
+            # It can never run as things are.
+            $ queuectl enqueue --id c --after b true
+            c
+            ! queuectl: job c waits: it waits for b, which is dead (to run that again: ...
+            """)
+        os.mkdir(self.path("my folder"))
+        self.assertIn('(start one: queuectl.py --db "my folder/q.db" worker start)',
+                      self.main("--db", "my folder/q.db", "enqueue", "true")[2])
+        called = "%s %s" % (os.path.basename(sys.executable), SCRIPT)
+        self.assertIn("(start one: %s worker start)" % called, self.cli("enqueue", "true")[2])
 
 
 class Logs(Everyday):
@@ -6438,6 +6837,158 @@ class Cancel(Everyday):
                 self.assertEqual(job.exit_code, 0)
 
 
+class Selection(Everyday):
+    """edit ID, and the jobs that cancel, dlq and prune take: by ids, of a queue, or all."""
+
+    def test_edit(self):
+        """A job that does not run and has not completed is changed, and nothing else of it."""
+        self.play("""
+            $ later 0
+            $ queuectl enqueue --id a --env A=1 --cwd / --unique k 'false'
+            a
+            $ queuectl edit a --command 'echo $A$B' --env B=2 --env A=3 --priority 4 --queue q
+            $ queuectl edit a --timeout 2m --max-retries 1 --cwd /usr
+            $ pick command,env,priority,queue,timeout,max_retries,cwd,unique queuectl show a --json
+            echo $A$B {"A": "3", "B": "2"} 4 q 120.0 1 /usr k
+            $ queuectl edit a --run-at +10m
+            $ pick view,timeout queuectl show a --json
+            scheduled 120.0
+            $ queuectl edit a --delay 0 --command 'false'
+            $ work
+            a dead
+            $ queuectl edit a --command true --max-retries 5
+            $ states
+            dead: a
+            $ queuectl dlq retry a
+            $ work
+            a completed
+            $ queuectl edit a --priority 1
+            ! queuectl: job a is completed; only a job that waits, or that has ended badly, ...
+            [1]
+            $ queuectl enqueue --id b --after a --after a true
+            b
+            $ queuectl edit nobody --priority 1
+            ! queuectl: there is no job nobody
+            [1]
+            $ queuectl edit b
+            ! queuectl: say what to change, such as --priority 5 (see: queuectl.py edit --help)
+            [2]
+            $ queuectl edit b --delay 1 --run-at +1
+            ! queuectl: delay and run_at exclude each other
+            [1]
+            # What it waits for and its retries are not forgotten.
+            $ queuectl enqueue --id c --after b false
+            c
+            $ queuectl edit c --delay 0
+            $ states
+            completed: a; pending: b; blocked: c
+            $ work
+            b completed
+            c failed
+            $ queuectl edit c --priority 1
+            $ states
+            completed: a b; failed: c
+            $ queuectl edit c --delay 0
+            $ work
+            c failed
+            """)
+        with self.queue() as queue:
+            for field in ("after", "unique"):
+                self.refuses("cannot be changed", queue.edit, "c", **{field: "x"})
+            self.refuses("unknown field", queue.edit, "c", colour=1)
+
+    def test_edit_wakes_who_can_run_it_now(self):
+        self.ok("enqueue", "--id", "a", "--delay", "1h", "--queue", "x", "true")
+        self.patient("--queue", "y")
+        self.ok("edit", "a", "--queue", "y", "--delay", "0")
+        self.until_state("a", "completed")
+
+    def test_a_running_job_is_not_changed(self):
+        meeting, _, _ = self.busy()
+        self.refused("edit", "a", "--priority", 3, code=1, says="processing")
+        self.finish(meeting)
+
+    def various(self):
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "a1", "command": "false", "queue": "a", "max_retries": 1}
+            > {"id": "a2", "command": "false", "queue": "a", "max_retries": 1}
+            > {"id": "b1", "command": "false", "queue": "b", "max_retries": 1}
+            > {"id": "c1", "command": "true", "queue": "c"}
+            > {"id": "b2", "command": "true", "queue": "b", "after": "b1"}
+            > {"id": "a3", "command": "true", "queue": "a", "delay": "1h"}
+            > END
+            ...
+            $ work
+            a1 dead
+            a2 dead
+            b1 dead
+            c1 completed
+            """)
+
+    def test_queues(self):
+        self.various()
+        self.play("""
+            $ pick id queuectl dlq list --queue a --json
+            a1
+            a2
+            $ queuectl dlq retry --queue a
+            ! queuectl: 2 dead jobs pending again
+            $ states
+            pending: a1 a2; dead: b1; completed: c1; blocked: b2; scheduled: a3
+            $ queuectl cancel --queue a
+            ! queuectl: 3 jobs cancelled
+            $ states
+            cancelled: a1 a2 a3; dead: b1; completed: c1; blocked: b2
+            $ queuectl prune --queue a
+            ! queuectl: 3 jobs deleted
+            $ queuectl cancel --all
+            ! queuectl: 1 job cancelled
+            $ queuectl cancel --queue nobody
+            ! queuectl: 0 jobs cancelled
+            $ states
+            dead: b1; completed: c1; cancelled: b2
+            $ queuectl dlq purge --queue a
+            ! queuectl: 0 dead jobs deleted
+            $ queuectl prune --queue b
+            ! queuectl: 1 job deleted
+            $ queuectl dlq purge --all
+            ! queuectl: 1 dead job deleted
+            $ queuectl prune --all
+            ! queuectl: 1 job deleted
+            $ queuectl list --json
+            []
+            """)
+
+    def test_purge_one(self):
+        self.various()
+        self.play("""
+            $ queuectl dlq purge a1 c1
+            ! queuectl: job c1 is completed, not dead
+            [1]
+            $ queuectl dlq purge a1 b1
+            ! queuectl: a job waits for b1; cancel that, and prune it first
+            [1]
+            $ queuectl dlq purge nobody
+            ! queuectl: there is no job nobody
+            [1]
+            $ queuectl dlq purge a2
+            $ states
+            dead: a1 b1; completed: c1; blocked: b2; scheduled: a3
+            """)
+
+    def test_running_ones_are_ended(self):
+        meeting, _, _ = self.busy(queue="q")
+        self.add("b", "true", queue="other", delay=3600)
+        self.play("""
+            $ queuectl cancel --queue q
+            ! queuectl: 1 job cancelled
+            """)
+        meeting.gone()
+        self.until_state("a", "cancelled")
+        self.assertEqual(self.job("b").view, "scheduled")
+
+
 class Unique(Everyday):
     """enqueue --unique KEY. (When a key is free again, ModelTest knows.)"""
 
@@ -6517,7 +7068,7 @@ class After(Everyday):
             $ queuectl show left
             ...
             state     blocked
-            waits     it waits for root, which is dead (to run that again: queuectl.py dlq retry root); ...
+            waits     it waits for root, which is dead (to run that again: ... dlq retry root); ...
             ...
             $ queuectl list --state blocked
             ID     STATE    ...
@@ -6661,6 +7212,232 @@ class Queues(Everyday):
         self.until_state("last", "completed")
 
 
+class Limits(Everyday):
+    """limit QUEUE [N | none]"""
+
+    def test_number(self):
+        self.play("""
+            $ queuectl limit deploy
+            none
+            $ queuectl limit deploy 2
+            $ queuectl limit deploy 1
+            $ queuectl limit deploy
+            1
+            $ pick limits queuectl status --json
+            {"deploy": 1}
+            $ queuectl enqueue --lines - --queue deploy <<END
+            > true
+            > true
+            > END
+            ...
+            $ queuectl enqueue --id low --queue other --priority -1 true
+            low
+            """)
+        # One runs; the next one that can be claimed is of another queue, and then there is none,
+        # whether a worker serves every queue or these.
+        queue, other = self.queue(), self.queue()
+        other.serve(["deploy"])
+        first = self.claim(queue)
+        self.assertEqual((first.queue, self.claim(other)), ("deploy", None))
+        self.assertEqual((self.claim(queue).queue, self.claim(queue)), ("other", None))
+        self.assertIsNone(queue.oldest_ready())
+        self.play("""
+            $ queuectl metrics | grep -e 'deploy.*pending' -e 'deploy.*held'
+            queuectl_jobs{queue="deploy",state="pending"} 0
+            queuectl_jobs{queue="deploy",state="held"} 1
+            """)
+        self.settle(queue, first)
+        second = self.claim(other)
+        self.assertEqual(second.queue, "deploy")
+        self.add("third", "true", queue="deploy")
+        self.assertIsNone(self.claim(queue))
+        self.ok("limit", "deploy", "none")
+        self.assertEqual(self.claim(queue).id, "third")
+        self.assertEqual(self.ok("limit", "deploy"), "none\n")
+        for number in (-1, 1.5, "many", True):
+            self.refuses("", queue.limit, "deploy", number)
+
+    def test_who_frees_a_place_wakes_somebody_for_it(self):
+        """Also a drain, which waits for what only a limit holds, of another supervisor."""
+        self.ok("limit", "deploy", 1)
+        meeting, first, _ = self.busy(queue="deploy")
+        self.add("b", "true", queue="deploy")
+        drain = self.patient("--drain", "--queue", "deploy")
+        self.until(lambda: self.queue().running_in("deploy") == ["a"])
+        first.send_signal(signal.SIGTERM)  # it claims no more
+        self.until(lambda: any(info.stop for info in self.queue().workers()))
+        meeting.let_go()
+        self.assertEqual(self.until_state("b", "completed", "dead").state, "completed")
+        self.assertEqual((first.wait(PATIENCE), drain.wait(PATIENCE)), (0, 0))
+        # A higher limit is a place, too.
+        idle = self.patient()
+        meeting, other = self.meeting("second"), self.meeting("third")
+        self.add("c", meeting.here, queue="deploy")
+        meeting.arrived()
+        self.patient()
+        self.add("d", other.here, queue="deploy")
+        self.until(lambda: self.ok("show", "d").count("the limit of the queue deploy is reached"))
+        self.assertTrue(other.nobody())
+        self.ok("limit", "deploy", 2)
+        other.arrived()
+        for each in (meeting, other):
+            each.let_go()
+        self.assertIsNone(idle.poll())
+
+
+class OnDead(Everyday):
+    """The setting on_dead: a command that a death enqueues, in the same transaction."""
+
+    def test_a_death_is_told_once(self):
+        """In the dead job's queue, as a job like any other; its own death enqueues nothing."""
+        told = 'echo "$QUEUECTL_DEAD_JOB|$QUEUECTL_DEAD_ERROR|$QUEUECTL_DEAD_COMMAND" >>told; ' \
+               'echo $QUEUECTL_QUEUE $QUEUECTL_MAX_RETRIES; exit 1'
+        self.ok("config", "set", "on-dead", "cd %s; %s" % (shlex.quote(self.dir), told))
+        self.play(r"""
+            $ queuectl config set backoff-base 0
+            $ queuectl config set max-retries 1
+            $ queuectl enqueue --id a --queue q --max-retries 2 'printf "no \001 room"; exit 3'
+            a
+            $ queuectl enqueue --id b true
+            b
+            $ queuectl enqueue --id c --after b 'exit 4'
+            c
+            $ queuectl worker start --drain --quiet
+            ! ...job a dead after ...: exit code 3: no ... room
+            ! ...job c dead after ...: exit code 4
+            ! ...job ... dead after ...: exit code 1: q 1
+            ! ...job ... dead after ...: exit code 1: default 1
+            $ cat told
+            a|exit code 3: no ... room|printf "no ... room"; exit 3
+            c|exit code 4|exit 4
+            $ queuectl dlq retry c
+            $ queuectl worker start --drain --quiet
+            ...
+            $ cat told
+            a|...
+            c|exit code 4|exit 4
+            c|exit code 4|exit 4
+            """)
+        self.assertEqual(len(self.states()), 6)
+
+    def test_none(self):
+        """Without it nothing is enqueued, nor by a cancel or a success; none takes it away."""
+        self.play("""
+            $ queuectl config get on_dead
+            none
+            $ queuectl config set on_dead 'true'
+            $ queuectl enqueue --id a true
+            a
+            $ queuectl enqueue --id b false
+            b
+            $ work
+            a completed
+            b failed
+            $ queuectl cancel b
+            $ queuectl config set on-dead none
+            $ queuectl config get on_dead
+            none
+            $ queuectl enqueue --id c --max-retries 1 false
+            c
+            $ work
+            c dead
+            $ states
+            completed: a; cancelled: b; dead: c
+            """)
+        self.refused("config", "set", "on_dead", "", code=1, says="empty")
+        self.refused("config", "set", "on_dead", "a\0", code=1, says="NUL")
+
+    def test_a_worker_that_dies(self):
+        """A job whose last attempt its rescuer counts has died as well."""
+        self.ok("config", "set", "on_dead", "true")
+        with Queue(self.db) as queue:
+            queue.enqueue("true", id="a", max_retries=1, queue="q")
+            queue.turn(None, "w-dead", "w-dead.run0")
+        self.drain("--quiet")
+        told = [job for job in self.queue().jobs() if job.env]
+        self.assertEqual([(job.queue, job.state, job.env["QUEUECTL_DEAD_JOB"], job.env[
+            "QUEUECTL_DEAD_ERROR"]) for job in told],
+            [("q", "completed", "a", "its worker died while it ran")])
+
+    def test_quiet_logs_what_went_wrong(self):
+        """A death, a worker's death and a rescue; no line for what went well."""
+        self.add("good", "true")
+        self.add("bad", "false", max_retries=1)
+        meeting, process, _ = self.busy("%s", "--quiet")
+        with Queue(self.db) as queue:
+            os.kill(queue.workers()[0].pid, signal.SIGKILL)
+        meeting.arrived()
+        self.finish(meeting)
+        lines = [line.partition(": ")[2] for line in read_file(process.log).decode().splitlines()]
+        self.assertEqual(len(lines), 3, lines)
+        for line, pattern in zip(lines, ("job bad dead after .*: exit code 1$",
+                                         "worker 1 died .*SIGKILL",
+                                         "job a: its worker .* died; the job is pending$")):
+            self.assertRegex(line, pattern)
+
+    def test_long_texts_fit(self):
+        """Whatever the command and its error were, what is enqueued can be started."""
+        self.ok("config", "set", "on_dead", 'printf %s "$QUEUECTL_DEAD_COMMAND" | wc -c')
+        with Queue(self.db) as queue:
+            queue.enqueue("\U0001f600" * 32000, id="a", max_retries=1)
+        self.drain("--quiet")
+        told, = [job for job in self.queue().jobs() if job.env]
+        self.assertEqual((told.state, told.exit_code), ("completed", 0))
+
+
+class LimitedChaos(Process):
+    """20 workers, a limit of 3 and deaths, while workers and supervisors are killed at random.
+
+    A job takes one of three places, each the lock of a file: who finds none has met a fourth."""
+
+    TOLD = "QUEUECTL_CHAOS_KILLS" in os.environ
+    KILLS = int(os.environ.get("QUEUECTL_CHAOS_KILLS") or 30)
+    JOB = "exec 3>place.1 4>place.2 5>place.3; for n in 3 4 5 none; do " \
+          "flock -n $n 2>/dev/null && break; done; echo $n >>ledger; sleep 0.0%d; exit %d"
+
+    def tend(self):
+        for process in [process for process in self.processes if process.poll() is not None]:
+            self.processes.remove(process)
+        while len(self.processes) < 4:
+            self.start("worker", "start", "--count", 5, "--quiet")
+
+    @unittest.skipUnless(shutil.which("flock"), "flock(1) is not there")
+    def test_chaos(self):
+        import random
+        seed = int.from_bytes(os.urandom(4), "big")
+        random = random.Random(seed)
+        self.configure(on_dead="true", backoff_base="0", max_retries="1000")
+        watcher = self.queue()
+        watcher.limit("narrow", 3)
+        for _ in range(4 * self.KILLS):
+            watcher.enqueue(self.JOB % (random.randrange(1, 9), random.random() < 0.3),
+                            cwd=self.dir, max_retries=random.choice([1, 2]), queue="narrow")
+        kills = 0
+        while kills < self.KILLS:
+            self.tend()
+            victims = watcher.workers(supervisors=random.random() < 0.3)
+            if victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(random.choice(victims).pid, signal.SIGKILL)
+                    kills += 1
+            time.sleep(random.random() * 0.1)  # the random instants
+        self.tend()
+        self.until(lambda: not sum(watcher.counts()[state] for state in ("pending", "processing")))
+        jobs = list(watcher.jobs())
+        dead = [job.id for job in jobs if job.state == "dead"]
+        told = [job.env["QUEUECTL_DEAD_JOB"] for job in jobs if job.env]
+        places = collections.Counter(read_file(self.path("ledger")).decode().split())
+        figures = "limited chaos: %d kills, %d jobs, %d dead, places %s (seed %d)" % (
+            kills, len(jobs), len(dead), dict(places), seed)
+        if self.TOLD:
+            print(figures, file=sys.stderr)
+        self.assertEqual(set(places), {"3", "4", "5"}, figures)  # all three, and no fourth
+        self.assertTrue(dead, figures)
+        self.assertEqual(sorted(told), sorted(dead), figures)
+        self.assertEqual({job.state for job in jobs if job.env}, {"completed"}, figures)
+        self.assert_sound(figures)
+
+
 @unittest.skipIf(sys.platform == "win32", "needs terminals of Unix")
 class Detach(Everyday):
     """worker start --detach, and --ensure: workers in the background"""
@@ -6786,6 +7563,71 @@ class Detach(Everyday):
         self.assertEqual(served(), list("aaaabbb"))
         self.ok("worker", "start", "--ensure")
         self.assertEqual(served(), list("*aaaabbb"))
+
+    def slots(self):
+        return sorted(("".join(info["queues"] or "*"), info["slot"]) for info in self.listed())
+
+    def test_slots(self):
+        """The lowest that no live worker of the same queues has, across supervisors."""
+        for words, slots in (("--ensure --count 1", "*1"), ("--ensure --count 2", "*1 *2"),
+                             ("--ensure --count 2 --queue a", "*1 *2 a1 a2"),
+                             ("--detach --queue a", "*1 *2 a1 a2 a3")):
+            self.ok("worker", "start", *words.split())
+            self.assertEqual(self.slots(), [(word[0], int(word[1])) for word in slots.split()])
+        self.ok("worker", "stop", *[info["name"] for info in self.listed() if info["slot"] == 1])
+        self.assertEqual(self.slots(), [("*", 2), ("a", 2), ("a", 3)])
+        self.ok("worker", "start", "--detach", "--queue", "a")
+        self.assertEqual(self.slots(), [("*", 2), ("a", 1), ("a", 2), ("a", 3)])
+
+    def test_stop_some(self):
+        """By name, or those that were started for just these queues."""
+        for words in ("--count 2", "--queue a --queue b", "--queue a"):
+            self.ok("worker", "start", "--detach", *words.split())
+        self.play("""
+            $ queuectl worker stop nobody
+            ! queuectl: no worker nobody runs; see: queuectl.py worker list
+            [1]
+            $ queuectl worker stop --queue c
+            ! queuectl: no worker was started for just these queues; see: queuectl.py worker list
+            $ queuectl worker stop --queue b --queue a
+            ! queuectl: 1 worker stopped
+            $ queuectl worker stop --queue a --now
+            ! queuectl: 1 worker stopped
+            """)
+        first, second = self.listed()
+        self.ok("worker", "stop", first["name"])
+        self.assertEqual(self.listed(), [second])
+        with Queue(self.db) as queue:  # --ensure must not count on who has gone
+            self.until(lambda: [info.count for info in queue.workers(supervisors=True)
+                                if not info.slot] == [1])
+        self.ok("worker", "stop", second["name"])
+        with Queue(self.db) as queue:
+            self.until(lambda: not queue.workers(supervisors=True))
+
+    def test_ensure_with_another_via(self):
+        """That workers run is not enough where they would run the jobs in another way."""
+        self.play("""
+            $ queuectl worker start --ensure --quiet --queue a --via 'sh -c "$QUEUECTL_COMMAND"'
+            ! queuectl: 1 worker started on ...
+            $ queuectl worker start --ensure --quiet --queue a --via 'sh -c "$QUEUECTL_COMMAND"'
+            $ queuectl worker start --ensure --quiet --queue a
+            ! queuectl: workers for these queues run already, with --via sh ... stop --queue a
+            [1]
+            $ queuectl worker start --ensure --queue b
+            ! queuectl: 1 worker started on ...
+            $ queuectl worker start --ensure --queue b --via x
+            ! queuectl: workers for these queues run already, without --via; end them first: ...
+            [1]
+            """)
+        self.assertEqual(self.slots(), [("a", 1), ("b", 1)])
+
+    def test_they_import_the_file(self):
+        """And do not run it, for which Python would keep its syntax tree."""
+        self.ok("worker", "start", "--detach")
+        for info in self.queue().workers(supervisors=True):
+            words = read_file("/proc/%d/cmdline" % info.pid).split(b"\0")
+            self.assertEqual((words[1], b"from queuectl import main" in words[2]), (b"-c", True))
+    test_they_import_the_file = linux(test_they_import_the_file)
 
     def test_ensure_does_not_count_on_who_leaves(self):
         """Workers that finish their last job after a signal take no other one."""
@@ -7193,7 +8035,7 @@ class Status(Everyday):
             $ queuectl cancel 2 3 5
             $ queuectl status
             ...
-            ! queuectl: what the blocked jobs wait for has ended badly; see: queuectl.py list --state blocked
+            ! queuectl: what the blocked jobs wait for has ended badly; see: ...
             """ % self.db)
         status = json.loads(self.ok("status", "--json"))
         self.assertEqual((status["jobs"], status["queues"]["mail"]), ({
@@ -7227,6 +8069,33 @@ class Status(Everyday):
                          "queuectl.py worker start --queue mail\n")
         self.assertIn("\nworkers   2 workers, 0 busy\n", self.ok("status"))
 
+    def test_what_runs_again_and_what_is_paused(self):
+        """What a job's JSON says of its end is of the runs that count; a queue without a job may
+        be paused, which is said; settings are listed in the words of the command line."""
+        self.play("""
+            $ queuectl enqueue --id a --max-retries 1 'exit 3'
+            a
+            $ work
+            a dead
+            $ pick view,exit_code,attempts queuectl show a --json
+            dead 3 1
+            $ queuectl dlq retry a
+            $ pick view,exit_code,started_at,finished_at,runs.0.exit_code queuectl show a --json
+            pending null null null 3
+            $ queuectl pause a-typo
+            ! queuectl: the queue a-typo, which has no job yet, is paused
+            $ queuectl pause default
+            $ queuectl config get
+            max-retries 3
+            backoff-base 2
+            backoff-max 1h
+            job-timeout 5m
+            kill-grace 5s
+            output-limit 64K
+            keep-completed 7d
+            on-dead none
+            """)
+
     def test_rate(self):
         """In whole numbers, however many."""
         self.clock()
@@ -7254,6 +8123,30 @@ class Status(Everyday):
             lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", frame).split("\n")
             self.assertLess(len(lines), 21)
             self.assertLessEqual(max(map(len, lines)), 60, lines)
+
+    def test_a_small_screen_shows_the_warning_and_the_workers(self):
+        """Whole, for which the queues make room first and then the facts."""
+        with Queue(self.db) as queue:
+            for number in range(30):
+                queue.enqueue("true", queue="q%d" % number)
+        self.workers(4, "--queue", "q1")
+        with Queue(self.db) as queue:
+            self.until(lambda: queue.counts()["completed"])
+            status = queuectl.gather_status(queue)
+        warning = queuectl.status_warning(status)
+        for lines in (100, 30, 14, 12, 10, 8):
+            shown = queuectl.status_screen(status, warning, time.time(), 40, lines)
+            self.assertLessEqual(len(shown), lines)
+            self.assertLessEqual(max(map(len, shown)), 40)
+            text = " ".join(shown)
+            self.assertTrue(text.startswith("! " + warning), text)
+            self.assertIn("workers   4 workers, 0 busy", text)
+            there = sum(info.name in text for info in status["workers"])
+            hidden = max(0, 12 - lines) if lines < 11 else 0  # the note about them needs a line
+            self.assertEqual(there, 4 - hidden, shown)
+            self.assertEqual("(%d more worker" % hidden in text, hidden > 0, shown)
+            self.assertEqual("q29" in text, lines == 100)
+            self.assertEqual("database" in text, lines > 11)
 
 
 @unittest.skipIf(sys.platform == "win32", "needs terminals of Unix")
@@ -7516,14 +8409,15 @@ class Recipes(Everyday):
         return blocks
 
     def test_recipes(self):
-        """Each sh block of the section, on its own, ends with 0."""
+        """Each sh block of the section, on its own and in each shell that is here, ends with 0."""
         blocks = [text for section, kind, text in self.blocks()
                   if section == "Recipes" and kind in ("sh", "bash")]
         self.assertTrue(blocks, "the section Recipes has no sh block")
         for number, block in enumerate(blocks, 1):
-            if not block.startswith("# not run:"):
-                with self.subTest(block):
-                    self.run_block("recipe%d" % number, block)
+            for shell in filter(shutil.which, ("sh", "bash", "dash", "zsh")):
+                if not block.startswith("# not run:"):
+                    with self.subTest(block, shell=shell):
+                        self.run_block("recipe%d-%s" % (number, shell), block, shell)
 
     def test_transcripts(self):
         """Each console block shows what is seen (see Case.play)."""
@@ -7532,10 +8426,11 @@ class Recipes(Everyday):
         for number, (_, kind, text) in enumerate(self.blocks()):
             if kind == "console":
                 with self.subTest(text):
-                    self.db = os.environ["QUEUECTL_DB"] = self.path("%d.db" % number)
+                    self.db = self.path("%d.db" % number)
+                    self.env["QUEUECTL_DB"] = os.environ["QUEUECTL_DB"] = self.db
                     self.play(text)
 
-    def run_block(self, name, block):
+    def run_block(self, name, block, shell):
         """Run a script in an empty home; it must end with 0."""
         home = self.path(name)
         os.makedirs(home, 0o700)
@@ -7544,7 +8439,7 @@ class Recipes(Everyday):
         for key in ("QUEUECTL_DB", "XDG_STATE_HOME"):
             env.pop(key, None)
         with open(self.path(name + ".log"), "wb") as log:
-            process = subprocess.Popen(["sh", "-e"], stdin=subprocess.PIPE, stdout=log,
+            process = subprocess.Popen([shell, "-e"], stdin=subprocess.PIPE, stdout=log,
                                        stderr=subprocess.STDOUT, cwd=home, env=env,
                                        start_new_session=True)
         try:
