@@ -33,7 +33,7 @@ What it promises, and by what means:
 Exit codes: 0 done; 1 refused or failed; 2 usage; 124 `--timeout` ran out; 130 interrupted.
 
 The file is built bottom-up, in rooms: errors, model, platform, schema, database, queue, runner,
-workers, clients, output, commands, main. A room calls only rooms above it; only database and
+workers, clients, output, web, commands, main. A room calls only rooms above it; only database and
 queue execute SQL; only the workers' room joins queue and runner.
 """
 
@@ -89,6 +89,10 @@ class DatabaseUnavailable(QueueError):
     machine is short of something."""
 
 
+class DatabaseBusy(DatabaseUnavailable):
+    """Another program holds the database."""
+
+
 # Of descriptors, processes, memory, or room on a disk.
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
@@ -115,8 +119,11 @@ DEAD_COMMAND_LIMIT = 30 * 1024  # characters, of up to 4 bytes: it has to fit th
 EVERY_QUEUE = "*"  # among the paused ones
 PAGE = 1000  # rows a read transaction may last, so that no reader pins the WAL
 MAX_TEXT = 128 * 1024  # bytes; Linux's MAX_ARG_STRLEN, the limit for one argument
+MAX_LINE = 8100  # characters; cmd takes 8191, with the words that call it
 LEAST_EPOCH = 10 ** 8  # 1973: a smaller number is hardly meant as a time
+EPOCH = datetime(1970, 1, 1)
 MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z, the last second that ISO 8601 can name
+CYCLE = 146097 * 86400  # seconds of 400 years: after them, the calendar is the same again
 MAX_ISO = "9999-12-31T23:59:59.999Z"
 DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -327,24 +334,32 @@ def iso(epoch: float | None) -> str | None:
     if epoch is None:
         return None
     seconds, millis = divmod(int(epoch * 1000), 1000)
-    return "%s.%03dZ" % (_second("%Y-%m-%dT%H:%M:%S", seconds), millis)
+    return "%s.%03dZ" % (_utc(seconds), millis)
 
 
 @functools.lru_cache(maxsize=64)
-def _second(form: str, epoch: int, zone: Callable[[float], time.struct_time] = time.gmtime) -> str:
-    return time.strftime(form, zone(epoch))
+def _utc(epoch: int) -> str:
+    return (EPOCH + timedelta(0, epoch)).isoformat()  # no system's gmtime: some end in 3000
 
 
-def local_time(epoch: float) -> str:
+# Windows knows no local time after the year 3000. But the calendar repeats itself: a late time is
+# one between 2370 and 2769, and some times 400 years.
+
+@functools.lru_cache(maxsize=64)
+def local_time(epoch: float, form: str = "%Y-%m-%d %H:%M:%S %z") -> str:
     """A time for people: `2026-01-31 08:00:00 +0100`."""
-    return _second("%Y-%m-%d %H:%M:%S %z", int(epoch), time.localtime)
+    cycles = max(0, int(epoch) // CYCLE - 1)
+    moment = datetime.fromtimestamp(int(epoch) - cycles * CYCLE).astimezone()
+    return moment.strftime(form.replace("%Y", str(moment.year + 400 * cycles)))
 
 
 def from_iso(text: str) -> float:
     """Epoch seconds of an ISO 8601 time; local time where it names no zone. ValueError."""
     if text[-1:] in "zZ":
         text = text[:-1] + "+00:00"
-    return datetime.fromisoformat(text).timestamp()
+    moment = datetime.fromisoformat(text)
+    cycles = max(0, (moment.year - 2370) // 400)
+    return moment.replace(year=moment.year - 400 * cycles).timestamp() + cycles * CYCLE
 
 
 def from_epoch(seconds: float) -> float:
@@ -508,9 +523,18 @@ def parse_text(value: Any) -> str:
     return value
 
 
+def parse_line(value: Any) -> str:
+    """A command line for the shell."""
+    line = parse_text(value)
+    if sys.platform == "win32" and (len(line) > MAX_LINE or "\n" in line or "\r" in line):
+        raise QueueError("is %d characters long, or more than a line; cmd takes one line of %d "
+                         "(put it into a script)" % (len(line), MAX_LINE))
+    return line
+
+
 def parse_command(value: Any) -> str:
     """A command, or "" for `none`."""
-    return "" if value == "none" else parse_text(value)
+    return "" if value == "none" else parse_line(value)
 
 
 def parse_limit(value: Any) -> int:
@@ -569,7 +593,7 @@ def parse_after(value: Any) -> list[str]:
 # The fields of a new job, in the order of the parameters of INSERT_JOB.
 FIELDS: dict[str, Callable[[Any], Any]] = {
     "id": parse_name,
-    "command": parse_text,
+    "command": parse_line,
     "queue": parse_queue,
     "priority": parse_integer(-2 ** 31, 2 ** 31 - 1),
     "max_retries": parse_integer(0, 2 ** 31 - 1),
@@ -714,17 +738,17 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 # Every difference between operating systems. Both arms define the same names:
 #
 #   default_folder  make_folder  create_file  flush  flush_folder  unsafe_reason
-#   hold  release  is_held          a lock: held until it is released, or its process dies
+#   take  release  is_held          a lock: held until it is released, or its process dies
 #   unreadable                      whether a disk fails
 #   RunLock  end_tree  not_ours     a run's process tree: found and ended by whoever rescues
 #   Child                           one spawned command, its pipe and its process group
-#   Bell  ring  Waiter  writable    sleeping in one place, and waking who sleeps there
+#   Bell  ring  Waiter  stalled     sleeping in one place, and waking who sleeps there
+#   allow_escapes                   what a terminal needs to show colours
 #   reset_signals  close_inherited  reap_strangers    what a process owes its children
 
 RUN_VARIABLE = "QUEUECTL_RUN"  # in a job's environment: <id of the database>/<run>
 FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
-BELLS = sys.platform != "win32"  # where there are FIFOs
-TICK = 1.0 if BELLS else 0.05  # seconds after which a sleeper looks around unasked
+TICK = 1.0  # seconds after which a sleeper looks around unasked
 LOG_LIMIT = 1024 ** 2  # bytes of a log file before it is moved to NAME.1
 
 
@@ -750,15 +774,34 @@ def raise_order(fd: int, order: int) -> None:
         os.ftruncate(fd, order)
 
 
+def pipe_is_closed(error: OSError) -> bool:
+    """Whether nobody reads any more what was written. (The C library of Windows says EINVAL.)"""
+    return isinstance(error, BrokenPipeError) or sys.platform == "win32" \
+        and error.errno == errno.EINVAL and error.winerror is None and error.filename is None
+
+
 def give_order(path: str, order: int) -> None:
     """Give an order to the process that holds the lock file at `path`. (Not to this process
     itself: see hold.)"""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # it has gone, or is just going
         fd = os.open(path, os.O_RDWR)
         try:
             raise_order(fd, order)
         finally:
             os.close(fd)
+
+
+def hold(path: str, patience: float = math.inf) -> int:
+    """Lock a file, which is created if need be, until release() or the end of this process.
+    Waits up to `patience` seconds for who has it; BlockingIOError."""
+    until = time.monotonic() + patience
+    while True:
+        fd = take(path)
+        if fd is not None:
+            return fd
+        if time.monotonic() >= until:
+            raise BlockingIOError
+        time.sleep(0.002)
 
 
 def open_log(path: str) -> int:
@@ -768,51 +811,68 @@ def open_log(path: str) -> int:
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode) and status.st_size >= LOG_LIMIT and same_file(fd, path):
         os.close(fd)  # or Windows would not let it go
+        old, way = path + ".1", "%s.%d" % (path, os.getpid())
         with contextlib.suppress(OSError):
-            os.replace(path, path + ".1")
+            if sys.platform == "win32" and os.path.exists(old):
+                os.replace(old, way)  # what is open can be renamed and deleted, but not replaced
+                os.unlink(way)
+            os.replace(path, old)
         fd = create_file(path, os.O_APPEND)
     return fd
 
 
 if sys.platform == "win32":
+    import _winapi
     import ctypes
+    import msvcrt
     import subprocess
-    import threading
+    from subprocess import Handle  # type: ignore[attr-defined]  # one that is forgotten is closed
 
+    ANYBODY = 7  # how a file is shared: others may read, write, rename and delete it meanwhile
     kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-    kernel32.CreateJobObjectW.restype = ctypes.c_void_p
+
+    def kernel(name: str, *arguments: Any) -> Any:
+        """Call a function of Windows by its name. OSError where it fails."""
+        function = getattr(kernel32, name)
+        function.restype = ctypes.c_void_p  # a handle, or something smaller
+        result = function(*arguments)
+        if not result:
+            raise ctypes.WinError(ctypes.get_last_error())
+        return result
+
+    wakers: list[int] = [kernel("CreateEventW", None, 0, 0, None)]  # signals, bells, children
+
+    def shared(name: str) -> str:  # by every session: a service's, a terminal's
+        return "Global\\queuectl-" + os.path.normcase(name).replace("\\", "/")[-200:]
+
+    def nothing(*arguments: Any) -> Any:
+        """NTFS journals its folders, profiles have access lists, and nobody inherits anything."""
+
+    flush, make_folder = os.fsync, functools.partial(os.makedirs, exist_ok=True)
+    flush_folder = unsafe_reason = unreadable = not_ours = nothing
+    reset_signals = close_inherited = reap_strangers = stalled = nothing
+    open_descriptors: Callable[[], set[int]] = set
 
     def default_folder() -> str | None:
         local = os.environ.get("LOCALAPPDATA")
         return os.path.join(local, "queuectl") if local else None
 
-    def make_folder(path: str) -> None:
-        os.makedirs(path, exist_ok=True)
-
     def create_file(path: str, flags: int = 0) -> int:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_BINARY | flags)
+        if not flags & os.O_APPEND:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_BINARY | flags)
+        append, always = 0x100084, 4  # O_APPEND is not atomic, and nobody could rename the file
+        return msvcrt.open_osfhandle(_winapi.CreateFile(path, append, ANYBODY, 0, always, 0, 0),
+                                     flags | os.O_BINARY | os.O_NOINHERIT)
 
-    def flush(fd: int) -> None:
-        os.fsync(fd)
+    # A lock is a file that its process has open, without sharing its deletion. To ask is to open
+    # it for deletion, which deletes nothing, and which those who ask share.
 
-    def flush_folder(path: str) -> None:
-        """NTFS journals its folders; they cannot be opened to be flushed."""
-
-    def unsafe_reason(path: str) -> str | None:
-        return None  # access lists of the profile folder are the user's own
-
-    # Windows refuses to delete a file that a process holds open, and a process's files are
-    # closed with it: a lock is an open file, and to ask is to try to delete it.
-
-    def hold(path: str, patience: float = math.inf) -> int:
-        until = time.monotonic() + patience
-        while True:
-            if not is_held(path):
-                with contextlib.suppress(FileExistsError):
-                    return create_file(path, os.O_EXCL | os.O_NOINHERIT)
-            if time.monotonic() >= until:
-                raise BlockingIOError
-            time.sleep(0.02)
+    def take(path: str) -> int | None:
+        if not is_held(path):
+            remove(path)
+            with contextlib.suppress(FileExistsError, PermissionError):  # others were faster
+                return create_file(path, os.O_EXCL)
+        return None
 
     def release(path: str, fd: int) -> None:
         os.close(fd)
@@ -820,152 +880,138 @@ if sys.platform == "win32":
 
     def is_held(path: str) -> bool:
         try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-        except OSError:
-            return True
-        return False
+            Handle(_winapi.CreateFile(path, 0x10000, ANYBODY, 0, 3, 0, 0))  # DELETE, OPEN_EXISTING
+            return False
+        except OSError as error:
+            return not isinstance(error, FileNotFoundError)
 
     class RunLock:
-        """Nothing: a Job Object ends with its worker, so no tree outlives one."""
-
-        def __init__(self, prefix: str) -> None:
-            self.fd = -1
+        __init__ = close = discard = nothing  # a run's tree is known by its job object
 
         def renew(self) -> str:
-            return ""
+            return "-"
 
-        def close(self) -> None:
-            pass
-
-        def discard(self) -> None:
-            pass
+    def members(job: int) -> list[int]:
+        found = (ctypes.c_uint32 * 20000)()  # two numbers, of which one says how many; then pids
+        kernel("QueryInformationJobObject", job, 3, found, ctypes.sizeof(found), None)
+        return found[2::ctypes.sizeof(ctypes.c_void_p) // 4][:found[1]]
 
     def end_tree(path: str, run: int, name: str) -> tuple[list[int], str | None]:
-        return [], None
+        try:
+            job = Handle(kernel("OpenJobObjectW", 0xC, False, shared(name)))  # query, terminate
+        except FileNotFoundError:
+            return [], None  # it went with its worker
+        left = members(job)
+        kernel("TerminateJobObject", job, 1)
+        return left, None
 
-    def not_ours(pid: int) -> bool:
-        return False
-
-    def unreadable(path: str, opened: bool) -> bool:
-        return False
-
-    class _Limits(ctypes.Structure):
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION."""
-
-        _fields_ = [("times", ctypes.c_int64 * 2), ("flags", ctypes.c_uint32),
-                    ("working_set", ctypes.c_size_t * 2), ("processes", ctypes.c_uint32),
-                    ("affinity", ctypes.c_size_t), ("classes", ctypes.c_uint32 * 2),
-                    ("io", ctypes.c_uint64 * 6), ("memory", ctypes.c_size_t * 4)]
+    def waiting(pipe: int) -> int:
+        """How many bytes can be read; -1 at the end."""
+        with contextlib.suppress(BrokenPipeError):
+            return int(_winapi.PeekNamedPipe(pipe, 0)[0])
+        return -1
 
     class Child:
-        """One spawned command in a Job Object that dies with this process."""
-
-        KILL_ON_JOB_CLOSE = 0x2000
+        """One spawned command in a job object, which is named after its run and ends with us."""
 
         def __init__(self, command: str, cwd: str | None, env: Mapping[str, str],
                      lock: RunLock, run: int) -> None:
-            self.fd = -1
-            self._chunks: list[bytes] = []
-            self._job = kernel32.CreateJobObjectW(None, None)
-            self._limit(self.KILL_ON_JOB_CLOSE)
-            self._process = subprocess.Popen(
-                command, shell=True, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
-                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
-            kernel32.AssignProcessToJobObject(
-                ctypes.c_void_p(self._job), ctypes.c_void_p(int(self._process._handle)))  # type: ignore[attr-defined]
-            self.pid = self._process.pid
-            self._room = threading.Semaphore(64)  # chunks that may wait to be read
-            threading.Thread(target=self._drain, daemon=True).start()
+            os.chdir(cwd or os.sep)
+            self._job = Handle(kernel("CreateJobObjectW", None, shared(env[RUN_VARIABLE])))
+            if ctypes.get_last_error():  # ERROR_ALREADY_EXISTS
+                raise FileExistsError(errno.EEXIST, "its job object exists", env[RUN_VARIABLE])
+            self._limit(0x2000)  # KILL_ON_JOB_CLOSE
+            pipe, end = _winapi.CreatePipe(None, 4 * 65536)
+            self.fd, shell = Handle(pipe), os.environ.get("COMSPEC", "cmd.exe")
+            self.survivors, self.close_output = functools.partial(members, self._job), self.fd.Close
+            with open(msvcrt.open_osfhandle(end, 0), "wb") as output:
+                self._process = subprocess.Popen(  # /s: just the outer quotes are taken off
+                    '"%s" /d /v:off /s /c "%s"' % (shell, command), executable=shell,
+                    env={name.upper(): text for name, text in env.items()},  # Path is PATH
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    creationflags=4 | subprocess.CREATE_NEW_PROCESS_GROUP)  # 4: suspended
+            self.pid, handle = self._process.pid, int(self._process._handle)  # type: ignore
+            try:
+                kernel("AssignProcessToJobObject", self._job, handle)
+                if ctypes.WinDLL("ntdll").NtResumeProcess(handle):
+                    raise OSError("its process cannot be resumed")
+            except OSError:
+                self._process.kill()
+                raise
 
         def _limit(self, flags: int) -> None:
-            limits = _Limits(flags=flags)
-            kernel32.SetInformationJobObject(ctypes.c_void_p(self._job), 9,
-                                             ctypes.byref(limits), ctypes.sizeof(limits))
-
-        def _drain(self) -> None:
-            pipe = self._process.stdout
-            while pipe is not None:
-                chunk = pipe.read(65536) or b""
-                self._room.acquire()
-                self._chunks.append(chunk)
-                if not chunk:
-                    return
+            limits = (ctypes.c_uint64 * (10 + ctypes.sizeof(ctypes.c_void_p)))(0, 0, flags)
+            kernel("SetInformationJobObject", self._job, 9, limits, ctypes.sizeof(limits))
 
         def read(self) -> bytes | None:
-            if not self._chunks:
-                return None
-            self._room.release()
-            return self._chunks.pop(0)
+            there = waiting(self.fd)
+            return _winapi.ReadFile(self.fd, 65536)[0] if there > 0 else b"" if there else None
 
         def poll(self) -> bool | None:
-            code = self._process.poll()
-            return None if code is None else code == 0
+            return None if self._process.poll() is None else self._process.returncode == 0
 
         def reap(self) -> tuple[int | None, int | None]:
             return self._process.wait(), None
 
         def terminate(self, force: bool) -> None:
-            if force or self.poll() is not None:
-                kernel32.TerminateJobObject(ctypes.c_void_p(self._job), 1)
-            else:
-                with contextlib.suppress(OSError):
-                    os.kill(self.pid, signal.CTRL_BREAK_EVENT)
-
-        def survivors(self) -> list[int]:
-            return []
+            if not force and self.poll() is None:
+                with contextlib.suppress(OSError):  # it is on no console
+                    kernel("GenerateConsoleCtrlEvent", signal.CTRL_BREAK_EVENT, self.pid)
+                    return
+            kernel("TerminateJobObject", self._job, 1)
 
         def close(self) -> None:
-            self._limit(0)  # what a successful job left in the background may go on
-            kernel32.CloseHandle(ctypes.c_void_p(self._job))
+            if not self._job.closed:
+                self._limit(0)  # what a successful job left in the background may go on
+                self._job.Close()
 
     class Bell:
-        """There are no FIFOs: whoever sleeps looks every 50 ms."""
-
         def __init__(self, path: str) -> None:
-            self.fd = -1
-
-        def clear(self) -> None:
-            pass
+            self.fd = kernel("CreateEventW", None, True, False, shared(path))
+            self.clear = functools.partial(kernel, "ResetEvent", self.fd)
+            wakers.append(self.fd)
 
     def ring(path: str) -> bool:
-        return os.path.exists(path[:-len("bell")] + "lock")
+        with contextlib.suppress(OSError):
+            return bool(kernel("SetEvent", Handle(kernel("OpenEventW", 2, False, shared(path)))))
+        return False
 
     class Waiter:
-        """Sleeps in steps of 50 ms, for want of FIFOs and of signals that wake."""
+        """Sleeps until a waker wakes; while it watches a pipe, which is none, at most 50 ms."""
+        forget = close = nothing
 
-        def forget(self) -> None:
-            pass
+        def __init__(self) -> None:
+            self._watched: set[int] = set()
+            self.watch, self.unwatch = self._watched.add, self._watched.remove
+            self._handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)(self._on_console)
+            kernel("SetConsoleCtrlHandler", self._handler, True)
 
-        def watch(self, fd: int) -> None:
-            pass
+        def _on_console(self, event: int) -> bool:
+            """In a thread of its own: 0 is Ctrl-C, which Python hears, 1 Ctrl-Break. After others
+            (the window is closed) Windows ends us soon: what comes again puts the jobs back."""
+            for _ in range(event if event < 2 else 20):
+                signal.raise_signal(signal.SIGBREAK)
+                kernel("SetEvent", wakers[0])
+                time.sleep(0.5)
+            return event > 0
 
-        def unwatch(self, fd: int) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
+        def expect(self, pid: int) -> None:
+            wakers.append(Handle(_winapi.OpenProcess(_winapi.SYNCHRONIZE, False, pid)))
 
         def wait(self, timeout: float) -> list[int]:
-            time.sleep(max(0.0, min(timeout, 0.05)))
-            return [-1]
+            pipes = self._watched.difference(wakers)
+            ready = list(filter(waiting, pipes))
+            longest = 0 if ready else min(1000 * max(0.0, timeout), 50 if pipes else 10 ** 6)
+            with contextlib.suppress(InterruptedError):  # Ctrl-C. Windows waits for 63, no more
+                _winapi.WaitForMultipleObjects(wakers[:63], False, math.ceil(longest))
+            ready += [handle for handle in wakers if not _winapi.WaitForSingleObject(handle, 0)]
+            for child in set(ready).intersection(wakers[1:]) - self._watched:
+                wakers.remove(child)  # it has ended, and wakes once
+            return ready
 
-    def reset_signals() -> None:
-        pass
-
-    def open_descriptors() -> set[int]:
-        return set()
-
-    def close_inherited() -> None:
-        pass
-
-    def writable(fd: int, timeout: float) -> bool:
-        return True
-
-    def reap_strangers(ours: set[int]) -> None:
-        pass
+    def allow_escapes(fd: int) -> None:
+        with contextlib.suppress(OSError):
+            kernel("SetConsoleMode", msvcrt.get_osfhandle(fd), 7)
 
 else:
     import fcntl
@@ -1054,22 +1100,17 @@ else:
 
     _held: dict[str, int] = {}  # path: the process that holds it
 
-    def hold(path: str, patience: float = math.inf) -> int:
-        """Lock a file, which is created if need be, until release() or the end of this process.
-        Waits up to `patience` seconds for who has it; BlockingIOError."""
-        until = time.monotonic() + patience
-        while True:
-            if _held.get(path) != os.getpid():
-                fd = create_file(path)
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if same_file(fd, path):  # not one that has just been removed
-                        _held[path] = os.getpid()
-                        return fd
-                os.close(fd)
-            if time.monotonic() >= until:
-                raise BlockingIOError
-            time.sleep(0.002)
+    def take(path: str) -> int | None:
+        """See hold; None where somebody has it."""
+        if _held.get(path) != os.getpid():
+            fd = create_file(path)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if same_file(fd, path):  # not one that has just been removed
+                    _held[path] = os.getpid()
+                    return fd
+            os.close(fd)
+        return None
 
     def release(path: str, fd: int) -> None:
         """Remove a lock of this process, so that it looks as dead as it will be."""
@@ -1144,7 +1185,7 @@ else:
             his descriptors can be known only by this. Should the disk be full, the lock and
             the environment still tell the tree."""
             with contextlib.suppress(OSError):
-                os.pwrite(self.fd, ("%d %d %.3f %.3f %s" % (
+                os.pwrite(self.fd, ("%d %d %.6f %.6f %s" % (
                     run, pid, before, boot_clock(), _this_boot())).ljust(200).encode(), 0)
 
     # What is left of a run whose worker is dead? Three proofs tell, each of which a process may
@@ -1177,7 +1218,7 @@ else:
         """(pid, process group, start by boot_clock()) of every process that can be seen and is
         not dead. Starts are cut to START_TICK."""
         if sys.platform != "linux":
-            with os.popen("ps -axo pid=,pgid=,stat=,lstart=") as table:
+            with os.popen("LC_ALL=C ps -axo pid=,pgid=,stat=,lstart=") as table:
                 for line in table:
                     pid, group, state, start = line.split(None, 3)
                     if state[0] != "Z":
@@ -1364,6 +1405,9 @@ else:
                 pass
             return [pid for pid, group, _ in _processes() if group == self.pid]
 
+        def close_output(self) -> None:
+            os.close(self.fd)
+
         def close(self) -> None:
             """Let go of it, whether it has been reaped or not."""
             if self._status is None:
@@ -1461,12 +1505,18 @@ else:
         def unwatch(self, fd: int) -> None:
             self._poll.unregister(fd)
 
+        def expect(self, pid: int) -> None:
+            """Wake when that child ends. (So does its SIGCHLD.)"""
+
         def wait(self, timeout: float) -> list[int]:
             """The descriptors that can be read. `timeout` is in seconds."""
             ready = [fd for fd, _ in self._poll.poll(max(0.0, timeout * 1000))]
             if self._wakeup in ready:
                 self.forget()
             return ready
+
+    def allow_escapes(fd: int) -> None:
+        """Let the terminal obey escape sequences. (They all do.)"""
 
     def reset_signals() -> None:
         """Hear every signal. (Were SIGCHLD left ignored, as it may be inherited, the kernel would
@@ -1503,9 +1553,9 @@ else:
                     return
                 os.waitpid(seen.si_pid, 0)
 
-    def writable(fd: int, timeout: float) -> bool:
-        """Whether some bytes can be written without waiting for longer than `timeout` seconds."""
-        return bool(select.select((), (fd,), (), timeout)[1])
+    def stalled(fd: int, timeout: float) -> bool:
+        """Whether nothing could be written for `timeout` seconds."""
+        return not select.select((), (fd,), (), timeout)[1]
 
 
 # -- schema -------------------------------------------------------------------------------
@@ -1615,6 +1665,7 @@ MEMBERS = {
 MEMBERS.update((state, "SELECT seq FROM jobs WHERE hold = -2 AND state = '%s'" % state)
                for state in ENDED)
 RARE = 5000  # up to so many members are looked up; more are met soon enough by a scan
+SPAN = 20000  # rows that a search for a word looks at, at most, in a transaction
 
 # The same sets as tests of one row.
 PREDICATES = {"scheduled": "+hold = 1", "failed": "+hold = 2", "blocked": "+hold = 3"}
@@ -1631,6 +1682,20 @@ BEFORE_NEWEST = """
         SELECT jobs.seq FROM jobs WHERE (:queue IS NULL OR +queue = :queue) AND %s
         ORDER BY jobs.seq DESC LIMIT :limit)"""
 SELECT_JOB = SELECT_JOBS + " WHERE jobs.id = :id"
+# A page of the newest jobs that fit, of which no more than `span` rows are looked at.
+MEMBERS_OF_QUEUE = """
+    SELECT seq FROM jobs WHERE hold = 0 AND queue = :queue
+    UNION ALL SELECT seq FROM jobs WHERE hold > 0 AND queue = :queue
+    UNION ALL SELECT seq FROM jobs
+        WHERE hold = -2 AND state IN ('completed', 'dead', 'cancelled') AND queue = :queue
+    UNION ALL SELECT job FROM runs WHERE outcome IS NULL"""
+LAST_LOOKED_AT = """
+    SELECT min(seq) FROM (SELECT seq FROM jobs WHERE seq < :before ORDER BY seq DESC LIMIT :span)"""
+SELECT_NEWEST = SELECT_JOBS + """
+    WHERE jobs.seq < :before AND jobs.seq >= :floor AND (:queue IS NULL OR +queue = :queue)
+        AND (:like = '%%%%' OR jobs.id LIKE :like ESCAPE '!' OR command LIKE :like ESCAPE '!')
+        AND %s AND %s
+    ORDER BY jobs.seq DESC LIMIT :limit"""
 RUNS_OF_JOB = """
     WITH RECURSIVE chain(link) AS (
         SELECT run FROM jobs WHERE seq = :seq
@@ -1719,7 +1784,7 @@ IS_STUCK = """
         SELECT needs FROM deps WHERE job = :seq
         UNION SELECT deps.needs FROM needed JOIN jobs USING (seq) JOIN deps ON deps.job = seq
               WHERE unmet > 0)
-    SELECT 1 FROM needed JOIN jobs USING (seq) WHERE state IN ('dead', 'cancelled') LIMIT 1"""
+    SELECT 1 FROM needed CROSS JOIN jobs USING (seq) WHERE state IN ('dead', 'cancelled') LIMIT 1"""
 
 # Later jobs. No retry has to wait for longer than backoff_max, whatever clock it was stamped by.
 _LONGEST = ":now + ifnull((SELECT CAST(value AS REAL) FROM config WHERE key = 'backoff_max'), %r)" \
@@ -1761,7 +1826,7 @@ _CLAIM = """
                 AND (paused OR job_limit <= %s)) AS held
     FROM jobs""" % IN_USE
 NEXT_OF_ALL = _CLAIM + " WHERE hold = 0 ORDER BY priority DESC, seq LIMIT 1"
-_NEXT_OF_QUEUES = _CLAIM + """ WHERE seq IN (
+_NEXT_MEMBERS_OF_QUEUES = _CLAIM + """ WHERE seq IN (
         SELECT (SELECT seq FROM jobs WHERE hold = 0 AND jobs.queue = served.queue
                 ORDER BY priority DESC, seq LIMIT 1)
         FROM served WHERE served.queue NOT IN (%s)
@@ -1772,8 +1837,8 @@ NEXT_OF_OTHERS = """
         SELECT min(queue) FROM jobs WHERE hold = 0
         UNION ALL
         SELECT (SELECT min(queue) FROM jobs WHERE hold = 0 AND queue > served.queue)
-        FROM served WHERE served.queue IS NOT NULL)""" + _NEXT_OF_QUEUES
-NEXT_OF_SERVED = _NEXT_OF_QUEUES.replace("served", "temp.served")
+        FROM served WHERE served.queue IS NOT NULL)""" + _NEXT_MEMBERS_OF_QUEUES
+NEXT_OF_SERVED = _NEXT_MEMBERS_OF_QUEUES.replace("served", "temp.served")
 
 CLAIM_JOB = """
     UPDATE jobs SET state = 'processing', hold = -1, attempts = attempts + 1, cancel = 0,
@@ -2188,7 +2253,8 @@ class Database:
                        for path in (self.path, self.path + "-wal")):
                 return self._damaged()
             text = "disk I/O error"
-        kind = DatabaseUnavailable if any(word in text for word in UNAVAILABLE) else QueueError
+        kind = DatabaseBusy if "locked" in text else DatabaseUnavailable \
+            if any(word in text for word in UNAVAILABLE) else QueueError
         advice = {
             "file is not a database": "name another file with --db",
             "attempt to write a readonly database": "make the file and its folder writable",
@@ -2554,13 +2620,9 @@ class Queue(Database):
         or the `newest`. QueueError."""
         if state is None:
             where = "1"
-        elif state in MEMBERS:
-            rare = self._value("SELECT count(*) FROM (SELECT 1 FROM (%s) LIMIT %d)"
-                               % (MEMBERS[state], RARE + 1)) <= RARE
-            where = "jobs.seq IN (%s)" % MEMBERS[state] if rare else PREDICATES[state]
         else:
-            raise QueueError("there is no state %s; the states are %s"
-                             % (_shown(state), ", ".join(STATES + VIEWS)))
+            rare = self._is_rare(_members(state))
+            where = "jobs.seq IN (%s)" % MEMBERS[state] if rare else PREDICATES[state]
         last, left = 0, float("inf") if limit is None else limit
         if newest is not None:
             left = min(left, newest)
@@ -2573,6 +2635,36 @@ class Queue(Database):
             if len(rows) < min(PAGE, left):
                 return
             last, left = rows[-1]["seq"], left - len(rows)
+
+    def newest(self, state: str | None = None, queue: str | None = None, word: str = "",
+               before: int | None = None, limit: int = 50) -> tuple[list[Job], int | None]:
+        """At most `limit` jobs before seq `before`, the newest first, whose id or command holds
+        `word` (as LIKE compares), and from where to go on (None: there are no more). It may stop
+        sooner: so that it is quick, it looks at no more than SPAN rows. But a job whose id is the
+        word itself is found at once, however old it is. QueueError."""
+        first, before = before is None, 1 << 62 if before is None else before
+        sets = [MEMBERS_OF_QUEUE] * (queue is not None) + ([_members(state)] if state else [])
+        rare = next((members for members in sets if self._is_rare(members, queue)), None)
+        like = "%%%s%%" % "".join("!" + c if c in "!%_" else c for c in word)
+        values: dict[str, Any] = {
+            "before": before, "queue": queue, "like": like, "id": word, "limit": limit + 1,
+            "span": SPAN if state or queue is not None or word else limit + 1, "floor": 0}
+        if rare is None:
+            values["floor"] = self._value(LAST_LOOKED_AT, values) or 0
+        where = (PREDICATES.get(state or "", "1"), "jobs.seq IN (%s)" % rare if rare else "1")
+        rows = self._rows(SELECT_NEWEST % where, values)
+        jobs = [self._job(row) for row in rows[:limit]]
+        if len(rows) > limit:
+            return jobs, jobs[-1].seq
+        if word and first:
+            jobs += [self._job(row) for row in self._rows(SELECT_NEWEST % (
+                where[0], "jobs.id = :id"), dict(values, before=values["floor"], floor=0))]
+        more = self._value("SELECT 1 FROM jobs WHERE seq < :floor LIMIT 1", values)
+        return jobs, values["floor"] if more else None
+
+    def _is_rare(self, members: str, queue: str | None = None) -> bool:
+        return bool(self._value("SELECT count(*) <= %d FROM (SELECT 1 FROM (%s) LIMIT %d)"
+                                % (RARE, members, RARE + 1), {"queue": queue}))
 
     def runs(self, id: str) -> list[Run]:
         """Every run of a job, the first one first. QueueError if there is no such job."""
@@ -2644,6 +2736,12 @@ class Queue(Database):
         return [tuple(row) for row in self._rows(
             "SELECT queue, outcome, sum(runs), sum(seconds) FROM stats WHERE minute >= ? "
             "GROUP BY queue, outcome", (since // 60,))]
+
+    def stats_by_minute(self, since: float) -> list[tuple[int, str, int]]:
+        """(minute, outcome, runs) of the runs that have ended since: minutes since the epoch."""
+        return [tuple(row) for row in self._rows(
+            "SELECT minute, outcome, sum(runs) FROM stats WHERE minute >= ? "
+            "GROUP BY minute, outcome", (since // 60,))]
 
     def wait_for_all(self) -> int:
         """Remember which jobs have not ended now, for progress(): the number of the newest."""
@@ -3144,8 +3242,17 @@ class Queue(Database):
             if owner in dead and kind == "lock":
                 with contextlib.suppress(BlockingIOError):
                     release(path, hold(path, patience=0))
-            elif owner in dead and kind in ("bell", "run0", "run1"):
+            elif owner in dead and (kind in ("bell", "run0", "run1") or kind.isdigit()) \
+                    or kind == "out" or file == "synced":  # of schema 2, some of them
                 remove(path)
+
+
+def _members(state: str) -> str:
+    """The query for the jobs of one of STATES or VIEWS. QueueError."""
+    if state not in MEMBERS:
+        raise QueueError("there is no state %s; the states are %s"
+                         % (_shown(state), ", ".join(STATES + VIEWS)))
+    return MEMBERS[state]
 
 
 def total(queues: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
@@ -3223,11 +3330,11 @@ class Rescuer:
                                 run_name(queue, row["run"]))
         if dying and self._pause >= TICK:
             doubt = "process %d, which does not die," % dying[0]
-        if doubt:
+        if doubt and self._pause:  # the first one may pass: who is dying shows no files any more
             queue.doubt(row["run"], "its worker died, and %s may be running it still" % doubt)
         if dying or doubt:
             self._unseen.discard(row["run"])
-            self.dying |= bool(dying)
+            self.dying = True
             return False
         if row["run"] not in self._unseen:
             self._unseen.add(row["run"])
@@ -3244,8 +3351,8 @@ class Rescuer:
         return settled is not None
 
     def finish(self, queue: Queue, note: Callable[[str], None]) -> None:
-        """Look until no tree is dying any more: for who does not come back. Takes up to 5 s."""
-        until = time.monotonic() + 5
+        """Look until no tree is dying any more: for who does not come back. Takes up to 2 s."""
+        until = time.monotonic() + 2
         self.look(queue, note)
         while self.dying and time.monotonic() < until:
             time.sleep(self._pause)
@@ -3394,7 +3501,8 @@ class Execution:
         left = child.survivors()
         if self._exit is None and child.pid not in left \
                 or any(not (self._forced and not_ours(pid)) for pid in left):
-            self._look_at = now + 0.02
+            # To look at all processes takes a while where there are many.
+            self._look_at = now + max(0.02, 10 * (time.monotonic() - now))
             return None
         assert self._outcome is not None
         error = self._reason(self._outcome)
@@ -3468,7 +3576,7 @@ HOUSEKEEPING = 60.0  # seconds between two looks for completed jobs past keep_co
 SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
 SETTLED_IN = 2.0  # seconds that a worker must have lived for its death not to count as "keeps"
-FATAL = 3  # exit code of a worker which no replacement can help
+FATAL = 78  # exit code of a worker which no replacement can help
 MOST_LEFTOVERS = 200  # pipes of ended jobs that a worker goes on draining
 LOG_PATIENCE = 1.0  # seconds for which a log line waits for who reads it
 
@@ -3488,13 +3596,13 @@ class Log:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        stamp = _second("%Y-%m-%d %H:%M:%S" if self._path else "%H:%M:%S", int(time.time()),
-                        time.localtime)
+        stamp = local_time(int(time.time()),
+                           "%Y-%m-%d %H:%M:%S" if self._path else "%H:%M:%S")
         line = "%s %s: %s\n" % (stamp, self._who, printable(text))
         with contextlib.suppress(OSError):  # a terminal that has been closed
             fd = open_log(self._path) if self._path else 2
             try:
-                if not writable(fd, 0 if self._dropped else LOG_PATIENCE):
+                if stalled(fd, 0 if self._dropped else LOG_PATIENCE):
                     self._dropped += 1
                     return
                 if self._dropped:
@@ -3518,6 +3626,7 @@ class Worker:
         self._name = name
         self._level = RUN
         self._log = Log(options, "worker " + name)  # until it has a slot
+        self._child: Child | None = None  # of the last run, until that is settled
         self._leftovers: dict[int, Child] = {}  # pipes that outlived their job: drained, too
         self._rescuer = Rescuer()
         self._next_look = 0.0  # when it looks around, whatever happens: once a TICK
@@ -3530,7 +3639,7 @@ class Worker:
         close_inherited()
         reset_signals()
         self._waiter = Waiter()
-        for name in ("SIGINT", "SIGHUP"):  # the supervisor's business
+        for name in ("SIGINT", "SIGHUP", "SIGBREAK"):  # the supervisor's business
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda signum, frame: None)
         signal.signal(signal.SIGTERM, lambda signum, frame: self._follow(DRAIN))
@@ -3606,15 +3715,20 @@ class Worker:
                     self._complain("cannot lock a file for the next job: %s" % error)
             wanted = self._name if lock and self._level == RUN else None
             try:
-                settled, claim = self._queue.turn(result, wanted, lock)
+                # Who has nothing to store does not wait for long: it would not hear an order.
+                with self._queue.impatient(TICK if result is None else BUSY_BUDGET):
+                    settled, claim = self._queue.turn(result, wanted, lock)
             except DatabaseUnavailable as error:
-                self._complain("%s; trying again every second" % error)
+                if result is not None or not isinstance(error, DatabaseBusy):
+                    self._complain("%s; trying again every second" % error)
                 if self._level == NOW:
                     raise
             else:
                 if result is not None:
                     self._tell(result, settled)
                     result = None
+                    if self._child is not None:
+                        self._child.close()
                 if wanted or self._level != RUN:
                     self._recovered()
                     return claim
@@ -3664,6 +3778,7 @@ class Worker:
         child = execution.child
         if child is not None:
             self._waiter.watch(child.fd)
+            self._waiter.expect(child.pid)
         try:
             result = self._attend(execution)
         except BaseException:  # the database is gone: nobody could record how this ends
@@ -3672,7 +3787,7 @@ class Worker:
                 time.sleep(0.05)  # not in the one place: nobody hears what wakes it there
             raise
         if child is not None:
-            child.close()
+            self._child = child
             if execution.reading:  # somebody in the background still writes to it
                 self._leftovers[child.fd] = child
                 if len(self._leftovers) > MOST_LEFTOVERS:
@@ -3790,9 +3905,8 @@ class Worker:
         child.close()
 
     def _close_pipe(self, child: Child) -> None:
-        if child.fd >= 0:
-            self._waiter.unwatch(child.fd)
-            os.close(child.fd)
+        self._waiter.unwatch(child.fd)
+        child.close_output()
 
 
 def _worker_main(options: StartOptions, name: str) -> None:
@@ -3831,7 +3945,7 @@ class Supervisor:
     def run(self) -> int:
         """Work until stopped; the exit code. QueueError where it cannot start."""
         import gc
-        names = ["SIGINT", "SIGTERM", "SIGHUP"]
+        names = ["SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             names.pop()  # nohup
         reset_signals()
@@ -3901,6 +4015,7 @@ class Supervisor:
             for fd in open_descriptors() - before:  # multiprocessing leaves its pipes
                 os.close(fd)
             raise
+        self._waiter.expect(seat.process.pid)
         seat.started = time.monotonic()
         seat.replace_at = math.inf
 
@@ -3926,7 +4041,7 @@ class Supervisor:
             if self._first_signal is None:
                 self._first_signal = at
                 self._order(DRAIN)
-            elif signum in (signal.SIGINT, signal.SIGTERM) \
+            elif signum != getattr(signal, "SIGHUP", None) \
                     and at - self._first_signal >= SECOND_SIGNAL:
                 self._order(NOW)
 
@@ -4587,6 +4702,632 @@ def prometheus(queues: Mapping[str, Mapping[str, int]], held: set[str],
                       "could run has been waiting.", (("", {}, oldest),))
 
 
+# -- web ----------------------------------------------------------------------------------
+#
+# One page for people who would rather look. Who can enqueue can run commands, so each request
+# has to name this machine as its Host (as none does from a name that somebody has rebound) and
+# to bring the cookie that is given for the ticket in the printed URL, which serves once; what
+# acts also needs a header that a page from elsewhere cannot send. Text from jobs travels as JSON
+# and becomes text nodes: the Content-Security-Policy knows one script by its hash, and forbids
+# to make HTML of a string.
+#
+# The main thread watches: it asks PRAGMA data_version, and whether supervisors live; where that
+# says something new and somebody looks on, it gathers the status, and streams it to all open tabs
+# (/events), which then ask for what else they show. Each request has a thread and a Queue.
+
+QUEUES_SHOWN = 100  # those with most to do
+RUNS_SHOWN = 50
+FACTS = ("waiting", "rate", "duration", "workers")  # lines of `status` for which no place is better
+COMMAND_SHOWN = 300  # characters of it in a list
+OUTPUT_SHOWN = 1 << 18  # bytes of a run's output, from its end
+LOOK = 0.5  # seconds between two looks
+BEAT = 15.0  # seconds after which a silent stream finds out whether somebody reads it
+REQUEST_TIME = 20.0  # seconds for a client to come up with its request
+CONNECTIONS = 100  # without a request yet; for one more, the oldest has to go
+BODY_LIMIT = 1 << 20  # bytes; a command has less than 128 KiB
+
+PAGE_HTML = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>queuectl</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 16 16'><path d='M2 3h12v2H2zm0 4h9v2H2zm0 4h6v2H2z' fill='%231a8f6f'/></svg>">
+<style>{style}</style>
+<header><h1>queuectl</h1><p id="database" class="cut mute"></p><p id="link" role="status"></p>
+  <span id="switch"></span><button data-act="enqueue" class="main">Enqueue…</button></header>
+<p id="verdict" role="status"></p>
+<nav id="states" aria-label="Jobs by state"></nav>
+<figure id="chart"></figure>
+<main>
+  <form id="filter" role="search"><input id="word" type="search" maxlength="200" autocomplete="off"
+    aria-label="Search ids and commands" placeholder="search ids and commands ( / )">
+    <span id="views"></span></form>
+  <ol id="jobs" aria-label="Jobs, the newest first"></ol><nav id="pages" aria-label="Pages"></nav>
+</main>
+<aside id="side"><h2>Queues</h2><ul id="queues"></ul><h2>Workers</h2><ul id="workers"></ul></aside>
+<aside id="sheet" aria-label="Job" tabindex="-1" hidden></aside>
+<dialog id="dialog"></dialog><p id="notice" role="alert" hidden></p>
+<script>{script}</script>
+"""
+PAGE_STYLE = r"""
+:root { color-scheme: light dark; --back: #f3f4f6; --panel: #fff; --line: #dcdfe4; --text: #1b212a;
+  --mute: #5b6673; --accent: #0f7459; --on: #fff; --green: #1f7a3d; --red: #c3262e;
+  --cyan: #0b7285; --magenta: #8f3fa8; --yellow: #8f5f00; --blue: #1f5fbf; --orange: #c2570c; }
+@media (prefers-color-scheme: dark) { :root { --back: #0f1216; --panel: #161a20; --line: #2a3039;
+  --text: #dbe1e8; --mute: #909baa; --accent: #35b28e; --on: #08130f; --green: #57c47a;
+  --red: #ff7b78; --cyan: #4cc3d9; --magenta: #d792ee; --yellow: #e0b040; --blue: #7db4ff;
+  --orange: #ff9c4a; } }
+* { box-sizing: border-box; margin: 0; font: inherit; color: inherit; text-decoration: none; }
+body { display: grid; height: 100dvh; padding: 0 16px 12px; gap: 10px; background: var(--back);
+  color: var(--text); font: 14px/1.4 system-ui, "Segoe UI", "DejaVu Sans", sans-serif;
+  grid: auto auto auto minmax(0, 1fr) / 550px minmax(0, 1fr) 344px; grid-template-areas:
+  "head head head" "verdict verdict verdict" "states chart chart" "main main side"; }
+.processing { color: var(--cyan); } .completed { color: var(--green); }
+.dead, .lost, dd.error { color: var(--red); } .cancelled { color: var(--magenta); }
+.failed, .blocked, dd.waits { color: var(--yellow); } .timeout { color: var(--orange); }
+.scheduled { color: var(--blue); } .mute, .interrupted, .none, dt { color: var(--mute); }
+h1, b { font-weight: 620; } h2, .mute, figcaption { font-size: 12px; color: var(--mute); }
+h2 { font-weight: 600; padding: 12px 0 4px; } aside h2:first-child { padding-top: 0; }
+ol, ul { list-style: none; padding: 0; } b, time, #jobs { font-variant-numeric: tabular-nums; }
+code, pre { font: 12.5px/1.45 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.cut { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.state::before { content: "●"; font-size: 11px; margin-right: 6px; } [hidden] { display: none; }
+a:hover, a[aria-current], pre, input { background: var(--back); }
+button, input, pre, .chip { border: 1px solid var(--line); border-radius: 6px; padding: 3px 10px; }
+button, .chip { background: var(--panel); font-size: 13px; white-space: nowrap; cursor: pointer; }
+.chip[aria-current], #states [aria-current] { box-shadow: inset 0 0 0 2px currentColor; }
+button::first-letter { text-transform: uppercase; } button:hover { border-color: var(--mute); }
+.main, [data-act=retry] { background: var(--accent); color: var(--on); }
+[data-act=purge], [data-act=cancel] { border-color: var(--red); color: var(--red); }
+:focus-visible { outline: 2px solid var(--blue); outline-offset: -1px; }
+header { grid-area: head; display: flex; align-items: center; gap: 12px; height: 46px;
+  margin: 0 -16px; padding: 0 16px; background: var(--panel); } #database { flex: 1; }
+#verdict { grid-area: verdict; padding: 7px 12px; border-left: 4px solid var(--green);
+  background: var(--panel); color: var(--mute); font-size: 13px; } #verdict b { font-size: 14px; }
+#verdict b { color: var(--text); } #verdict.warn, .warn b { border-color: var(--yellow); }
+#states { grid-area: states; display: grid; grid-template-columns: repeat(5, 1fr); gap: 8px; }
+#states a, #chart, main, #side, dialog { border: 1px solid var(--line); border-radius: 8px;
+  background: var(--panel); padding: 10px 12px; }
+#states b { display: block; font-size: 26px; line-height: 1.4; } #chart { grid-area: chart; }
+figcaption { display: flex; flex-wrap: wrap; gap: 0 14px; } figcaption i { flex: 1; }
+svg { display: block; width: 100%; height: 66px; } rect { fill: currentColor; }
+main { grid-area: main; overflow: auto; } #side { grid-area: side; overflow: auto; }
+#filter { position: sticky; top: -10px; margin: -10px -12px 0; background: var(--panel); }
+#filter, #pages, .row, #views { display: flex; flex-wrap: wrap; gap: 8px; padding: 8px 12px; }
+#word { width: 250px; } #views { flex: 1; padding: 0; } .row { padding: 0 0 10px; }
+#jobs a, .run { display: grid; align-items: baseline; gap: 0 12px; padding: 4px 12px;
+  border-top: 1px solid var(--line); grid-template-columns: 104px 104px 36px 92px 80px 1fr; }
+.what { display: flex; gap: 10px; } #jobs a { margin: 0 -12px; font-size: 13px; } li.mute { padding: 12px 0; }
+#side li { display: grid; grid-template-columns: minmax(0, 1fr) auto auto auto; gap: 0 6px;
+  align-items: center; padding: 5px 0; border-top: 1px solid var(--line); }
+#side .more { grid-column: 1 / -1; } #side button { padding: 1px 7px; font-size: 12px; }
+#sheet { position: fixed; inset: 0 0 0 auto; width: min(640px, 100vw); overflow: auto; outline: 0;
+  padding: 14px 18px; background: var(--panel); box-shadow: 0 0 40px #0006; }
+#sheet, dialog, #notice { overflow-wrap: anywhere; } .row h2 { flex: 1; padding: 4px 0; }
+.row h2 code { font-size: 17px; color: var(--text); } .row .state { padding: 3px 0; }
+pre { white-space: pre-wrap; max-height: 42vh; overflow: auto; padding: 6px 10px; }
+dl { display: grid; grid-template-columns: 90px minmax(0, 1fr); margin: 10px 0; font-size: 13px; }
+#sheet .run { grid-template-columns: 22px 106px 68px 60px minmax(0, 1fr); padding: 4px 6px; }
+dialog { margin: auto; width: min(480px, 96vw); color: var(--text); } label { display: block; }
+dialog::backdrop { background: #0006; } dialog input { width: 100%; padding: 6px 8px; }
+label, dialog .row { margin: 10px 0 0; justify-content: end; padding: 0; }
+#notice { position: fixed; left: 50%; bottom: 18px; transform: translateX(-50%); max-width: 92vw;
+  padding: 8px 14px; border-radius: 6px; background: var(--text); color: var(--back); }
+@media (max-width: 1180px) { body { height: auto; grid: auto / minmax(0, 1fr); grid-template-areas:
+  "head" "verdict" "states" "chart" "main" "side"; } main, #side { overflow: visible; } }
+@media (max-width: 640px) { body { padding: 0 8px 12px; gap: 7px; } #states { gap: 4px; }
+  header { margin: 0 -8px; padding: 0 8px; gap: 8px; } svg { height: 46px; }
+  #states a { padding: 4px 2px; text-align: center; font-size: 11px; }
+  #states b { font-size: 19px; }
+  #jobs a { grid: auto auto / 100px minmax(0, 1fr) auto; padding: 7px 12px; gap: 1px 8px; }
+  #jobs .wide { display: none; } #jobs .what { grid-column: 1 / -1; } #word { width: 100%; }
+  #sheet .run { grid-template-columns: 22px 106px 1fr auto; } .run .cut { grid-column: 2 / -1; }
+  button, .chip { padding: 6px 9px; } #side button { padding: 5px 9px; } #views { gap: 5px; } }
+"""
+PAGE_SCRIPT = r"""
+"use strict";
+const $ = id => document.getElementById(id);
+let status, jobs, job, output = {text: ""}, skew = 0, stream, loading, again;
+// What is asked before something is done: a text, and the fields of a form.
+const ASKED = {"cancel": ["Cancel $? If it runs, it is ended."],
+  "purge": ["Delete $, with its runs and their output, for good?"],
+  "retry-all": ["Retry all dead jobs of $?"],
+  "limit": ["How many jobs of $ may run at once? Nothing: any number.", "number"],
+  "enqueue": ["A command for the shell", "command", "id", "queue", "priority", "timeout", "delay"],
+  "edit": ["Change $", "command", "queue", "priority", "timeout", "max_retries", "delay"]};
+
+// el("b mute", "text", {title: "..."}) is a node: what comes from a job becomes a text node in it,
+// or the value of an attribute. fill() changes only what differs: focus and selection stay.
+function el(what, ...children) {
+  const [tag, ...look] = what.split(" "), node = document.createElementNS("http://www.w3.org/" +
+    (["svg", "rect"].includes(tag) ? "2000/svg" : "1999/xhtml"), tag);
+  if (look.length) node.setAttribute("class", look.join(" "));
+  for (const child of children.flat(3).filter(child => child || child === 0)) {
+    if (child.constructor !== Object) node.append(child);
+    else for (const [name, value] of Object.entries(child))
+      if (value || value === 0) node.setAttribute(name, value);
+  }
+  return node;
+}
+function patch(old, now) {
+  if (old.nodeType === 3) { if (old.data !== now.data) old.data = now.data; return; }
+  for (const {name} of [...old.attributes]) if (!now.hasAttribute(name)) old.removeAttribute(name);
+  for (const {name, value} of now.attributes)
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  const left = [...old.childNodes], key = node => node.nodeName + (node.dataset || {}).key;
+  for (const child of [...now.childNodes]) {
+    const at = left.findIndex(each => key(each) === key(child));
+    for (const gone of left.splice(0, at)) gone.remove();
+    if (at < 0) old.insertBefore(child, left[0] || null); else patch(left.shift(), child);
+  }
+  for (const gone of left) gone.remove();
+}
+function fill(id, ...children) {
+  const now = $(id).cloneNode(false);
+  now.append(...el("p", children).childNodes);
+  patch($(id), now);
+}
+// What is shown stands in the address, behind the #: reload, "back" and bookmarks keep it.
+const pairs = found => new URLSearchParams(Object.entries(found).filter(([, value]) => value));
+const place = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+const to = changes => "#" + pairs({...place(), ...changes});
+const link = (look, text, changes, more) => el("a " + look, text, {href: to(changes)}, more);
+const act = (name, body, text = name.replace("-", " ")) => el("button", text, ASKED[name] && "…",
+  {"data-act": name, "data-body": JSON.stringify(body)});
+const state = name => el("span state " + name, name);
+const words = (...texts) => texts.filter(Boolean).join(" · ");
+const clock = () => Date.now() / 1000 + skew, epoch = text => Date.parse(text) / 1000;
+const age = seconds => seconds < 1 ? Math.round(seconds * 1000) + "ms" : seconds < 60
+  ? +seconds.toFixed(seconds < 10 ? 1 : 0) + "s" : seconds < 3600 ? Math.floor(seconds / 60) + "m"
+  : seconds < 86400 ? Math.floor(seconds / 3600) + "h" : Math.floor(seconds / 86400) + "d";
+const told = text => (passed => passed < 0 ? "in " + age(-passed) : age(passed || 1) + " ago")(
+  Math.floor(clock() - epoch(text)));
+const time = text => text && el("time", told(text), {datetime: text, title: text});
+const when = each => time(each.state === "processing" ? each.locked_at : each.state !== "pending"
+  ? each.updated_at : each.view === "pending" ? each.created_at : each.run_at);
+function tick() {  // no more often than somebody can see
+  const times = [...document.querySelectorAll("time")];
+  for (const each of times) each.firstChild.data = told(each.dateTime);
+  setTimeout(tick, times.some(each => /\ds/.test(each.firstChild.data)) ? 1000 : 20000);
+}
+
+function showStatus() {
+  const {jobs: counts, workers, queues, limits, paused, warning} = status, here = place();
+  document.title = (warning ? "! " : counts.dead ? counts.dead + " dead · " : "") + "queuectl";
+  fill("database", status.database);
+  fill("switch", act(...paused.includes("*") ? ["resume", {queue: null}, "resume all"]
+    : ["pause", {queue: null}, "pause all"]));
+  $("verdict").className = warning ? "warn" : "";
+  fill("verdict", el("b", warning || (counts.processing ? "Running" : counts.pending
+    ? "Nothing runs now" : "Nothing to do")), words(" ", ...status.facts));
+  const filter = (look, name, text) => link(look + name, text, {before: "", state: here.state ===
+    name ? "" : name}, {"aria-current": here.state === name});
+  fill("states", ["pending", "processing", "completed", "dead", "cancelled"].map(name => filter(
+    counts[name] ? "" : "none ", name, [el("b", counts[name].toLocaleString("en")), name])));
+  fill("views", here.queue && link("chip", `queue ${here.queue} ✕`, {queue: "", before: ""}),
+    ["failed", "scheduled", "blocked"].filter(name => counts[name] || here.state === name).map(
+      name => filter("chip state ", name, `${name} ${counts[name]}`)),
+    here.state === "dead" && !here.word && act("retry-all", {queue: here.queue || null}));
+  const names = new Set([...Object.keys(queues), ...paused, ...Object.keys(limits)]);
+  fill("queues", [...names].sort().filter(name => name !== "*").map(name => {
+    const row = queues[name] || {pending: 0, processing: 0}, off = paused.includes(name);
+    return el("li", {"data-key": name}, link("cut", name, {queue: name, before: ""}),
+      el("span failed", words(off && "paused", limits[name] && "limit " + limits[name])),
+      act("limit", {queue: name, number: limits[name]}),
+      act(off ? "resume" : "pause", {queue: name}),
+      el("span mute more", `${row.pending} pending, ${row.processing} processing`));
+  }));
+  fill("workers", workers.map(each => el("li", {"data-key": each.name},
+    each.job ? link("cut", el("code", each.job), {job: each.job, run: ""}) : "idle",
+    el("span failed", each.stop > 0 && "stopping"), time(each.job_started_at || each.started_at),
+    el("span mute cut more", words(each.slot, each.name, ...each.queues || []) + " ",
+      el("code", each.command)))), !workers.length && el("li mute", "none runs"));
+  showChart();
+}
+function showChart() {
+  const last = Math.floor(clock() / 60), minutes = Array.from({length: 60}, () => ({})), hour = {};
+  for (const [minute, outcome, runs] of status.minutes.filter(([minute]) => minute > last - 60)) {
+    minutes[Math.min(59, minute - last + 59)][outcome] = runs;
+    hour[outcome] = (hour[outcome] || 0) + runs;
+  }
+  const most = Math.max(...minutes.map(each => Object.values(each).reduce((a, b) => a + b, 0)));
+  const parts = each => ["completed", "failed", "timeout", "lost", "cancelled", "interrupted"]
+    .filter(name => each[name]).map(name => [name, each[name]]);
+  const bar = (each, x, top = 0) => parts(each).map(([name, runs]) => el("rect " + name, {
+    x: x + .12, width: .76, y: most - (top += runs), height: runs}));
+  fill("chart", el("svg", {viewBox: `0 0 60 ${most || 1}`, preserveAspectRatio: "none"},
+    minutes.map((each, x) => bar(each, x))), el("figcaption", "1 h ago", el("i"),
+    parts(hour).map(([name, runs]) => el("span state " + name, `${runs} ${name}`)),
+    most ? `at most ${most} a minute` : "no runs in the last hour", el("i"), "now"));
+}
+function showJobs() {
+  const here = place(), asked = here.state || here.queue || here.word || here.before;
+  fill("jobs", jobs.jobs.map(each => el("li", {"data-key": each.id}, link("", [state(each.view),
+    el("code cut", each.id), el("span mute wide", `${each.attempts}/${each.max_retries}`),
+    el("span cut wide", each.queue), el("span mute cut", each.blocker ? "by " + each.blocker[0]
+      : when(each)), el("span cut what", el("code cut", each.command), el("span mute cut",
+      each.state !== "completed" && each.last_error))],
+  {job: each.id, run: ""}, {"aria-current": here.job === each.id}))), !jobs.jobs.length &&
+    el("li mute", asked ? "No such job" + (jobs.older ? " so far." : ".") : "No jobs yet."));
+  fill("pages", here.before && link("chip", "↑ newest", {before: ""}),
+    jobs.older && link("chip", "older ↓", {before: jobs.older}));
+}
+function showSheet() {
+  const before = $("output"), was = $("sheet").hidden;
+  const atEnd = !before || before.scrollTop + before.clientHeight > before.scrollHeight - 30;
+  $("sheet").hidden = !place().job || !job;
+  if ($("sheet").hidden) return fill("sheet");
+  const {id, view} = job, ended = /dead|cancelled/.test(view), waits = job.state === "pending";
+  fill("sheet", el("div row", el("h2", el("code", id)), state(view), link("chip", "Close", {job: "",
+    run: ""})), el("div row", ended && act("retry", {id}), (ended || waits) && act("edit", {id}),
+  view === "dead" && act("purge", {id}), (waits || view === "processing") && act("cancel", {id})),
+  el("pre", job.command), el("dl", job.facts.map(([name, text]) => [el("dt", name), el("dd " + name,
+    name === "error" ? text : text.replace(/ \((in \w+|\w+ ago)\)/g, ""))])),
+  [...job.runs].reverse().map(each => link("run", [el("b", each.number), state(each.outcome ||
+    "processing"), time(each.started_at), el("span", age((each.finished_at ?
+    epoch(each.finished_at) : clock()) - epoch(each.started_at))), el("span cut mute", each.error)],
+  {run: each.number}, {"data-key": each.number, "aria-current": output.run === each.number})),
+  output.run && [el("h2", `Output of run ${output.run}`), el("pre", output.text ||
+    "It has printed nothing.", {id: "output", tabindex: 0})]);
+  if (atEnd && $("output")) $("output").scrollTop = $("output").scrollHeight;
+  if (was) $("sheet").focus();
+}
+
+function tell(text) { $("notice").textContent = text; $("notice").hidden = !text; }
+async function ask(path, body) {
+  const answer = await fetch(path, body && {method: "POST", headers: {"X-Queuectl": "1"},
+    body: JSON.stringify(body)});
+  if (!answer.ok) throw Error(await answer.text());
+  return answer.json();
+}
+async function refresh() {  // one at a time
+  const {job: id, run, ...filters} = place();
+  if (loading) return again = true;
+  [loading, again] = [true, false];
+  try {
+    jobs = await ask("jobs?" + pairs(filters));
+    skew = jobs.now - Date.now() / 1000;
+    if (!job || id !== job.id) [job, output] = [null, {text: ""}];
+    if (id) job = await ask("job?" + pairs({id, run, shown: output.run, seen: output.seen}));
+    const now = job && job.output || {text: ""}, text = (now.from ? output.text : "") + now.text;
+    output = {...now, text: text.slice(-300000).replace(/\x1b\[[\d;?]*[A-Za-z]/g, "")};
+  } catch (error) { tell(error.message); }
+  loading = false;
+  if (again) return refresh();
+  if (status) showStatus();
+  if (jobs) { showJobs(); showSheet(); }
+}
+function start(name, body) {
+  const [text, ...fields] = ASKED[name] || [], had = name === "edit" ? job : body;
+  if (!text) return ask(name, body).then(refresh, error => tell(error.message));
+  fill("dialog");  // or what was typed before would stay
+  fill("dialog", el("form", el("p", text.replace("$", () => body.id || body.queue || "all queues")),
+    fields.map(field => el("label", field.replace("_", " "), el("input", {name: field,
+      value: had[field], autocomplete: "off"}))), el("p dead", {id: "refused", role: "alert"}),
+    el("div row", act("back"), el("button main", name.replace("-", " ")))));
+  $("dialog").firstChild.onsubmit = async event => {
+    event.preventDefault();
+    const given = [...new FormData(event.target)].filter(([field, text]) => name === "limit" || text
+      && text !== String(had[field])).map(([field, text]) => [field, text || null]);
+    try {
+      const result = await ask(name, {...body, ...Object.fromEntries(given)});
+      if (name === "enqueue") location.hash = to({job: result, run: ""});
+      $("dialog").close();
+      refresh();
+    } catch (error) { fill("refused", error.message); }
+  };
+  $("dialog").showModal();
+}
+function listen() {  // while the tab is seen
+  if (stream) stream.close();
+  if (document.hidden) return;
+  stream = new EventSource("events");
+  stream.onmessage = event => { status = JSON.parse(event.data); refresh(); };
+  stream.onopen = stream.onerror = event => {
+    $("link").className = event.type === "open" ? "state completed" : "state failed";
+    $("link").textContent = event.type === "open" ? "live" : stream.readyState === 2
+      ? "open the URL that `web` has printed last" : "no connection";
+  };
+}
+document.onvisibilitychange = listen;
+window.onhashchange = refresh;
+document.onclick = event => {
+  const {act, body} = (event.target.closest("[data-act]") || document.body).dataset;
+  tell("");
+  if (act === "back") { event.preventDefault(); $("dialog").close(); }
+  else if (act) start(act, JSON.parse(body || "{}"));
+};
+document.onkeydown = event => {
+  if (event.key === "Escape" && !$("dialog").open) location.hash = to({job: "", run: ""});
+  if (event.key === "/" && event.target.tagName !== "INPUT") { $("word").focus(); return false; }
+};
+$("filter").onsubmit = () => false;
+$("word").oninput = () => location.replace(to({word: $("word").value, before: ""}));
+$("word").value = place().word || "";
+history.replaceState(null, "", location.pathname + location.hash);
+setInterval(() => status && showChart(), 60000);
+listen();
+tick();
+"""
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'sha256-%s'; script-src 'sha256-%s'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors "
+    "'none'; require-trusted-types-for 'script'; trusted-types", "Connection": "close",
+    "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Content-Type": ""}
+
+
+def page_status(queue: Queue) -> dict[str, Any]:
+    """What `status` shows, the last hour by the minute, and what the workers run."""
+    status, now = gather_status(queue), time.time()
+    commands = {job.locked_by: job.command[:COMMAND_SHOWN] for job in queue.jobs("processing")}
+    busiest = sorted(status["queues"].items(), key=lambda item: (
+        -item[1]["pending"] - item[1]["processing"], item[0]))[:QUEUES_SHOWN]
+    lines = itertools.takewhile(bool, status_sheet(status, now))
+    return dict(status, warning=status_warning(status), queues=dict(busiest),
+                facts=[" ".join(line.split()) for line in lines if line.startswith(FACTS)],
+                minutes=queue.stats_by_minute(now - 3600), workers=[
+                    dict(info.as_dict(), stop=info.stop, command=commands.get(info.name, ""))
+                    for info in status["workers"]])
+
+
+def page_jobs(queue: Queue, asked: Mapping[str, str]) -> dict[str, Any]:
+    """A page of Queue.newest."""
+    before = parse_integer(0, 1 << 59)(asked["before"]) if "before" in asked else None
+    jobs, older = queue.newest(asked.get("state"), asked.get("queue"), asked.get("word", ""),
+                               before)
+    return {"now": time.time(), "older": older, "jobs": [
+        dict(job.as_dict(), command=job.command[:COMMAND_SHOWN], env=sorted(job.env),
+             blocker=queue.blocker(job)) for job in jobs]}
+
+
+def page_job(queue: Queue, asked: Mapping[str, str]) -> dict[str, Any]:
+    """What `show` says of the job `id`, and the output of its run `run`, or of the last one: where
+    that is `shown` already, what goes beyond its first `seen` bytes."""
+    import codecs
+    number, job, now = parse_integer(0, 1 << 59), queue.get(asked["id"]), time.time()
+    runs, output = queue.runs(job.id), None
+    chosen = number(asked.get("run", len(runs)))
+    if 0 < chosen <= len(runs):
+        seen = number(asked.get("seen", 0)) if number(asked.get("shown", 0)) == chosen else 0
+        pieces, ended = queue.pieces(runs[chosen - 1].run, seen)
+        data, end = join_pieces(pieces, seen)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(data[-OUTPUT_SHOWN:], ended)  # half a character has to wait
+        output = {"run": chosen, "from": seen, "seen": end - len(decoder.getstate()[0]),
+                  "text": text if len(data) <= OUTPUT_SHOWN else "[%d bytes stand before this]\n%s"
+                  % (len(data) - OUTPUT_SHOWN, text)}
+    lines = job_sheet(job, [], why_waiting(queue, job), now)
+    return dict(job.as_dict(), env=sorted(job.env), output=output,
+                facts=[(line[:9].strip(), line[10:]) for line in lines][3:],
+                runs=[dict(run.as_dict(), number=run.number) for run in runs[-RUNS_SHOWN:]])
+
+
+def act_cancel(queue: Queue, body: dict[str, Any]) -> None:
+    queue.cancel([body["id"]])
+    Rescuer().finish(queue, lambda text: None)  # its worker may be dead
+
+
+# What a tab may ask for, by what stands behind the ?, and what it may have done, by the JSON in
+# `body`, of which these three have been parsed.
+PAGE_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "id": parse_name, "queue": parse_queue, "number": parse_integer(1, 2 ** 31)}
+PAGE_LOOKS: dict[str, Callable[[Queue, Mapping[str, str]], Any]] = {
+    "/jobs": page_jobs, "/job": page_job}
+PAGE_ACTS: dict[str, Callable[[Queue, dict[str, Any]], Any]] = {
+    "/enqueue": lambda queue, body: queue.enqueue_many([body])[0],
+    "/edit": lambda queue, body: queue.edit(body.pop("id"), **{
+        name: body[name] for name in FIELDS if name in body}),
+    "/cancel": act_cancel,
+    "/cancel-all": lambda queue, body: queue.cancel_all(body["queue"]),
+    "/retry": lambda queue, body: queue.retry([body["id"]]),
+    "/retry-all": lambda queue, body: queue.retry_all(body["queue"]),
+    "/purge": lambda queue, body: queue.purge([body["id"]]),
+    "/pause": lambda queue, body: queue.pause(body["queue"]),
+    "/resume": lambda queue, body: queue.resume(body["queue"]),
+    "/limit": lambda queue, body: queue.limit(body["queue"], body["number"]),
+}
+
+
+class Watch:
+    """Who asks the database for all tabs."""
+
+    def __init__(self) -> None:
+        import threading
+        self.news, self.readers, self.version, self.status = threading.Condition(), 0, 0, b""
+
+    def run(self, queue: Queue) -> NoReturn:
+        """Tell the readers what is new, until the database is gone. QueueError."""
+        changed, leaders, alive = True, [""], [False]
+        while True:
+            began = time.monotonic()
+            with contextlib.suppress(DatabaseUnavailable):
+                queue.check_in_place()
+                changed |= queue.changed()
+                changed |= alive != [is_held(queue.lock_path(name)) for name in leaders]
+                if changed and self.readers:
+                    status = page_status(queue)
+                    leaders = sorted({info["supervisor"] for info in status["workers"]})
+                    alive, changed = [True] * len(leaders), False
+                    with self.news:
+                        self.status, self.version = json.dumps(status).encode(), self.version + 1
+                        self.news.notify_all()
+            with self.news:
+                self.status = b"" if changed else self.status
+                self.news.wait(max(LOOK, 10 * (time.monotonic() - began)))  # a million take long
+
+    def events(self) -> Iterator[bytes]:
+        """The stream of one reader: it begins with how things are now."""
+        with self.news:
+            self.readers, seen = self.readers + 1, 0
+            self.news.notify_all()
+        try:
+            while True:
+                with self.news:
+                    if seen == self.version or not self.status:
+                        self.news.wait(BEAT)
+                    new, seen, status = seen != self.version, self.version, self.status
+                yield b"data: %s\n\n" % status if new and status else b":\n\n"
+        finally:
+            with self.news:
+                self.readers -= 1
+
+
+class Refusal(Exception):
+    """The status of HTTP, and what is wrong with a request."""
+
+
+def serve_page(database: Queue, port: int, show: Callable[[str], None],
+               note: Callable[[str], None]) -> NoReturn:
+    """Serve the page until interrupted; `show` gets its URL. QueueError."""
+    import base64
+    import hashlib
+    import hmac
+    import http.server
+    import re
+    import secrets
+    import socket
+    import socketserver
+    import threading
+    import urllib.parse
+    watch, cookie, ticket = Watch(), secrets.token_urlsafe(), secrets.token_urlsafe()
+    html = PAGE_HTML.replace("{style}", PAGE_STYLE).replace("{script}", PAGE_SCRIPT)
+    policy = PAGE_HEADERS["Content-Security-Policy"] % tuple(
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (PAGE_STYLE, PAGE_SCRIPT))
+    silent: dict[socket.socket, float] = {}  # connections without a request, and since when
+
+    def url() -> str:
+        return "http://127.0.0.1:%d/?ticket=%s" % (server.server_address[1], ticket)
+
+    def same(text: str, secret: str) -> bool:
+        return hmac.compare_digest(text.encode(), secret.encode())
+
+    def hang_up(connection: socket.socket) -> None:
+        silent.pop(connection, None)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        server_version, sys_version, timeout = "queuectl", "", REQUEST_TIME
+
+        def do_GET(self) -> None:
+            try:
+                where = urllib.parse.urlsplit(self.path)
+                path = where.path
+                asked = dict(urllib.parse.parse_qsl(where.query, max_num_fields=20))
+                headers = self.admit(path, asked)
+                body = self.body() if path in PAGE_ACTS else {}
+                silent.pop(self.connection, None)
+                if path == "/":
+                    self.answer(200, "text/html", [html.encode()], headers)
+                elif path == "/events":
+                    self.answer(200, "text/event-stream", watch.events())
+                else:
+                    with Queue(database.path, expect=database.identity) as queue:
+                        result = PAGE_ACTS[path](queue, body) if path in PAGE_ACTS else \
+                            PAGE_LOOKS[path](queue, asked)
+                    self.answer(200, "application/json", [json.dumps(result).encode()])
+            except Refusal as refusal:
+                self.send_error(*refusal.args)
+            except KeyError as error:
+                self.send_error(400, "%s is missing" % error)
+            except (QueueError, ValueError) as error:
+                self.send_error(503 if isinstance(error, DatabaseUnavailable) else 400, str(error))
+
+        do_POST = do_GET
+
+        def admit(self, path: str, asked: Mapping[str, str]) -> dict[str, str]:
+            """Refuse a request that should not be. Returns the cookie for who has the ticket."""
+            nonlocal ticket
+            host = ",".join(self.headers.get_all("Host", []))
+            name = "queuectl-%d" % server.server_address[1]
+            if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host) \
+                    or self.headers.get("Origin") not in (None, "http://" + host):
+                raise Refusal(403, "only pages from here may ask, and only for this host")
+            with watch.news:  # or two might have it
+                if path == "/" and same(asked.get("ticket", ""), ticket):
+                    ticket = secrets.token_urlsafe()
+                    note("this URL has been opened; for another browser: " + url())
+                    return {"Set-Cookie": "%s=%s; HttpOnly; SameSite=Strict; Path=/"
+                            % (name, cookie)}
+            cookies = dict(pair.strip().partition("=")[::2]
+                           for pair in self.headers.get("Cookie", "").split(";"))
+            acts, known = path in PAGE_ACTS, path in ("/", "/events", *PAGE_LOOKS, *PAGE_ACTS)
+            for refused, status, text in (
+                    (not same(cookies.get(name, ""), cookie), 403,
+                     "open the URL that `web` has printed last"),
+                    (not known, 404, "there is no such page"),
+                    (self.command != ("POST" if acts else "GET"), 405, "this takes another method"),
+                    (acts and self.headers.get("X-Queuectl") != "1", 403,
+                     "the header X-Queuectl is missing"),
+                    (acts and "Content-Length" not in self.headers, 411,
+                     "a body needs a Content-Length")):
+                if refused:
+                    raise Refusal(status, text)
+            return {}
+
+        def body(self) -> dict[str, Any]:
+            length = parse_integer(0, 1 << 59)(self.headers["Content-Length"])
+            if length > BODY_LIMIT:
+                raise Refusal(413, "more than %d bytes" % BODY_LIMIT)
+            try:
+                body = dict(json.loads(self.rfile.read(length)))
+            except (TypeError, RecursionError):
+                raise Refusal(400, "this is no JSON object") from None
+            return {**body, **{name: parse(body[name]) for name, parse in PAGE_FIELDS.items()
+                               if body.get(name) is not None}}
+
+        def answer(self, status: int, kind: str, content: Iterable[bytes],
+                   more: Mapping[str, str] = {}) -> None:
+            self.send_response(status)
+            for header in {**PAGE_HEADERS, "Content-Security-Policy": policy, **more,
+                           "Content-Type": kind + "; charset=utf-8"}.items():
+                self.send_header(*header)
+            self.end_headers()
+            for piece in content:
+                self.wfile.write(piece)
+
+        def send_error(self, code: int, message: str | None = None, *explain: object) -> None:
+            """One line. What http.server itself refuses comes here, too."""
+            self.answer({501: 405, 505: 400}.get(code, code), "text/plain", [
+                (printable(message or "refused") + "\n").encode()])
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 128
+        allow_reuse_address = os.name == "posix"  # on Windows it would mean to share the port
+        server_bind = socketserver.TCPServer.server_bind  # HTTPServer's asks for its own name
+
+        def get_request(self) -> tuple[socket.socket, Any]:
+            connection, address = super().get_request()
+            silent[connection] = time.monotonic()
+            for oldest in list(silent)[:-CONNECTIONS]:
+                hang_up(oldest)
+            return connection, address
+
+        def service_actions(self) -> None:
+            for connection, since in list(silent.items()):
+                if time.monotonic() > since + REQUEST_TIME:
+                    hang_up(connection)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exc_info()[1], OSError):  # which is how a client goes
+                super().handle_error(request, client_address)
+
+    try:
+        server = Server(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise QueueError("cannot listen on 127.0.0.1:%d: %s; name another --port, or none"
+                         % (port, error.strerror)) from None
+    threading.Thread(target=server.serve_forever, args=(LOOK,), daemon=True).start()
+    show(url())
+    watch.run(database)
+
+
 # -- commands -----------------------------------------------------------------------------
 #
 # One function per subcommand, its options declared on it. It gets the open queue, unless it
@@ -4916,17 +5657,31 @@ def show_ids(ids: Sequence[str]) -> None:
     try:
         sys.stdout.write("\n".join(ids) + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if pipe_is_closed(error):
+            raise
         raise QueueError("stored, but the ids cannot be printed: %s" % error.strerror) from None
+
+
+def _quoted_for_cmd(words: Sequence[str]) -> str:
+    """Words are quoted for the program's own parser; then there is a caret before all that cmd
+    would read, quotes too, and behind a % before any character, so that nothing names a variable.
+    But cmd takes a program with blanks only in true quotes, unless each of them has a caret."""
+    import re
+    import subprocess
+
+    def careted(words: Sequence[str], blank: str = "") -> str:
+        line = re.sub('[()%!^"<>&|' + blank + "]", r"^\g<0>", subprocess.list2cmdline(words))
+        return re.sub(r"(?<=\^%)[^\s^]", r"^\g<0>", line)
+    plain = " " in words[0] and not {'"', "%"}.intersection(words[0])
+    program = '"%s"' % words[0] if plain else careted(words[:1], " ")
+    return " ".join([program] + [careted(words[1:])] * (len(words) > 1))
 
 
 def quoted(words: Sequence[str]) -> str:
     """Words as a line that the shell splits into just these words."""
     if sys.platform == "win32":
-        import subprocess
-        return subprocess.list2cmdline(words)
+        return _quoted_for_cmd(words)
     import shlex
     return " ".join(shlex.quote(word) for word in words)
 
@@ -4943,7 +5698,7 @@ def quoted(words: Sequence[str]) -> str:
            help="in the background, only those that are missing to make N"),
     option("--queue", action="append", default=[], type=checked(parse_queue), metavar="NAME",
            help="serve this queue only; repeatable"),
-    option("--via", type=checked(parse_text), metavar="COMMAND",
+    option("--via", type=checked(parse_line), metavar="COMMAND",
            help="run every job through COMMAND, which finds it in $QUEUECTL_COMMAND"),
     option("--quiet", action="store_true", help="no line per job"),
     option("--log", metavar="FILE", help="log to FILE, of bounded size, instead of stderr"),
@@ -5129,7 +5884,7 @@ def cmd_cancel(queue: Queue, args: argparse.Namespace) -> None:
 
 @command(
     "edit", "change a job that does not run", "queuectl.py edit job1 --priority 5 --timeout 1h",
-    option("id", metavar="ID"), option("--command", dest="new_command", type=checked(parse_text),
+    option("id", metavar="ID"), option("--command", dest="new_command", type=checked(parse_line),
                                        metavar="C", help="another command"),
     *FIELD_OPTIONS)
 def cmd_edit(queue: Queue, args: argparse.Namespace) -> None:
@@ -5246,6 +6001,14 @@ def cmd_metrics(queue: Queue, args: argparse.Namespace) -> None:
     oldest = queue.oldest_ready()
     show_lines(prometheus(queue.counts_by_queue(), queue.held(), queue.stats(), queue.workers(),
                           max(0.0, time.time() - oldest) if oldest else 0.0))
+
+
+@command(
+    "web", "a page to look at and to act on, on this machine only", "queuectl.py web --port 8080",
+    option("--port", type=checked(parse_integer(0, 65535)), default=0, metavar="N",
+           help="its port on 127.0.0.1 (one that is free)"))
+def cmd_web(queue: Queue, args: argparse.Namespace) -> None:
+    serve_page(queue, args.port, lambda url: print(url, flush=True), say)
 
 
 def plain_words(words: Sequence[str], valued: Sequence[str] = ("--db",)) -> list[str]:
@@ -5439,10 +6202,11 @@ def program_words() -> list[str]:
     python = os.path.basename(sys.executable)
     if spec is not None:
         return [python, "-m", spec.name]
+    runs = os.access(sys.argv[0], os.X_OK) and sys.platform != "win32"
     if not folder and not os.path.exists(name) \
-            or os.access(sys.argv[0], os.X_OK) and folder in os.environ.get("PATH", "").split(":"):
+            or runs and folder in os.environ.get("PATH", "").split(":"):
         return [name]
-    return [sys.argv[0]] if folder and os.access(sys.argv[0], os.X_OK) else [python, sys.argv[0]]
+    return [sys.argv[0]] if folder and runs else [python, sys.argv[0]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5456,6 +6220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            allow_escapes(stream.fileno())
     try:
         try:
             called_as(program_words() if argv is None else ["queuectl.py"])
@@ -5474,7 +6239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         with contextlib.suppress(OSError, ValueError):  # what cannot be written is forgotten
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # `list | head`
+        if pipe_is_closed(error):  # `list | head`
             return 0
         say("%s%s" % (error.filename + ": " if error.filename else "", error.strerror or error))
         return 1

@@ -469,9 +469,10 @@ class Shape(Case):
         "workers": "errors model platform schema database queue runner",
         "clients": "errors model platform schema database queue",
         "output": "model",
-        "commands": "errors model platform queue workers clients output",
+        "web": "errors model platform schema database queue clients output",
+        "commands": "errors model platform queue workers clients output web",
         "main": "errors model platform schema database queue runner workers clients output "
-                "commands",
+                "web commands",
     }
     LAZY = {"dataclasses", "typing", "enum", "uuid", "subprocess", "multiprocessing",
             "http.server"}  # what would slow down every short command
@@ -2828,7 +2829,7 @@ class Documents(Case):
         "config set": "",
         "config unset": "", "pause": "", "resume": "", "limit": "",
         "prune": "--older-than --state --queue",
-        "metrics": "", "completion": "",
+        "metrics": "", "completion": "", "web": "--port",
     }
     SETTINGS = ("max_retries", "backoff_base", "backoff_max", "job_timeout", "kill_grace",
                 "output_limit", "keep_completed", "on_dead")
@@ -3635,6 +3636,7 @@ class Workers(Process):
             self.hear(self.peer(other, path, str(order)))
             worker._look_around()
             self.assertEqual((path, worker._level), (path, level))
+        self.assertEqual([os.path.getsize(path) for path in (own, leader)], [1, 2])
         peer.kill()
         peer.wait()
         self.hear(self.peer("import os, sys; os.truncate(sys.argv[1], 0); print()", own))
@@ -3660,7 +3662,7 @@ class Workers(Process):
     def test_the_lock_of_an_unsettled_run_stays_while_the_database_is_full(self):
         """What a job left in the background still holds it, and a rescuer must see that."""
         worker = self.worker()
-        worker._lock, worker._queue = mock.Mock(), mock.Mock()
+        worker._lock, worker._queue = mock.Mock(), mock.MagicMock()
         worker._pause = lambda: None
         worker._queue.turn.side_effect = [queuectl.DatabaseUnavailable("full")] * 3 + [(None, None)]
         self.assertIsNone(worker._turn(None))
@@ -3888,7 +3890,7 @@ class Workers(Process):
     def test_who_could_not_lock_tries_again(self):
         """And has stored its result before."""
         worker, claim, result = self.worker(), mock.Mock(), mock.Mock(seconds=0.0)
-        worker._lock, worker._queue, worker._pause = mock.Mock(), mock.Mock(), lambda: None
+        worker._lock, worker._queue, worker._pause = mock.Mock(), mock.MagicMock(), lambda: None
         worker._lock.renew.side_effect = [OSError(errno.EMFILE, "no")] * 2 + ["w.run0"]
         worker._queue.turn.side_effect = [(mock.Mock(), None), (None, None), (None, claim)]
         self.assertIs(worker._turn(result), claim)
@@ -4100,7 +4102,7 @@ class Workers(Process):
         self.until(lambda: not self.infos())
         process.send_signal(signal.SIGTERM)
         self.ended(process)
-        self.assertEqual(self.job("a").state, "pending")
+        self.assertEqual(self.job("a").state, "pending", [self.runs("a")[-1], self.log(process)])
         runs = len(self.runs("a"))
         process = self.workers()
         self.until(lambda: len(self.runs("a")) >= runs + 3 and not self.infos())
@@ -4169,6 +4171,7 @@ class Stopping(Process):
                 pid = meeting.arrived()
                 (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
                 self.until_logged(process, "finishing the current jobs")
+                self.until(lambda: len(self.infos()) == 1)  # the idle one leaves
                 self.add("b", "true")
                 self.assertTrue(alive(pid))
                 self.assertEqual(self.job("a").state, "processing")
@@ -4247,6 +4250,7 @@ class Stopping(Process):
         self.until(lambda: len(self.infos()) == 1)  # the idle one leaves
         self.add("b", "true")
         self.assertTrue(alive(pid))
+        self.queue().ring(busy.name)  # or it might not look around for another second
         meeting.let_go()
         self.until(lambda: not self.infos(supervisors=True))
         self.until(lambda: not alive(busy.pid))
@@ -4850,7 +4854,7 @@ class Guarantees(Process):
     BAD = (  # what it is, what is said of it, and how it is made
         ("text", "not a database", b"to whom it may concern\n" * 1000),
         ("a note", "not a database", b"milk\n"), ("one byte", "", b"x"),
-        ("folder", "folder", os.mkdir), ("fifo", "not a regular file", os.mkfifo),
+        ("folder", "folder", os.mkdir), ("fifo", "not a regular file", getattr(os, "mkfifo", None)),
         ("other program's", "another program's", ["CREATE TABLE jobs (id)"]),
         ("marked by another program", "another program's",
          ["PRAGMA application_id = 7", "PRAGMA user_version = 1"]),
@@ -7379,10 +7383,11 @@ class OnDead(Everyday):
         """Whatever the command and its error were, what is enqueued can be started."""
         self.ok("config", "set", "on_dead", 'printf %s "$QUEUECTL_DEAD_COMMAND" | wc -c')
         with Queue(self.db) as queue:
-            queue.enqueue("\U0001f600" * 32000, id="a", max_retries=1)
+            for text in ("x" * 131071, "\U0001f600" * 32767):
+                queue.enqueue(text, max_retries=1)
         self.drain("--quiet")
-        told, = [job for job in self.queue().jobs() if job.env]
-        self.assertEqual((told.state, told.exit_code), ("completed", 0))
+        self.assertEqual([(job.state, job.exit_code) for job in self.queue().jobs() if job.env],
+                         [("completed", 0)] * 2)
 
 
 class LimitedChaos(Process):
