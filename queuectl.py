@@ -4726,47 +4726,41 @@ REQUEST_TIME = 20.0  # seconds for a client to come up with its request
 CONNECTIONS = 100  # without a request yet; for one more, the oldest has to go
 BODY_LIMIT = 1 << 20  # bytes; a command has less than 128 KiB
 
-PAGE_HTML = r"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>queuectl</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'
- viewBox='0 0 16 16'><path d='M2 3h12v2H2zm0 4h9v2H2zm0 4h6v2H2z' fill='%231a8f6f'/></svg>">
+PAGE_HTML = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>queuectl</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 5 5'>
+ <path d='M0 0h5v1H0zm0 2h4v1H0zm0 2h3v1H0z' fill='%231a8f6f'/></svg>">
 <style>{style}</style>
 <header><h1>queuectl</h1><p id="database" class="cut mute"></p><p id="link" role="status"></p>
   <span id="switch"></span><button data-act="enqueue" class="main">Enqueue…</button></header>
-<p id="verdict" role="status"></p>
-<nav id="states" aria-label="Jobs by state"></nav>
-<figure id="chart"></figure>
-<main>
+<p id="verdict" role="status"></p><nav id="states" aria-label="Jobs by state"></nav>
+<figure id="chart"></figure><main>
   <form id="filter" role="search"><input id="word" type="search" maxlength="200" autocomplete="off"
     aria-label="Search ids and commands" placeholder="search ids and commands ( / )">
     <span id="views"></span></form>
   <ol id="jobs" aria-label="Jobs, the newest first"></ol><nav id="pages" aria-label="Pages"></nav>
 </main>
 <aside id="side"><h2>Queues</h2><ul id="queues"></ul><h2>Workers</h2><ul id="workers"></ul></aside>
-<aside id="sheet" aria-label="Job" tabindex="-1" hidden></aside>
-<dialog id="dialog"></dialog><p id="notice" role="alert" hidden></p>
+<aside id="sheet" aria-label="Job" tabindex="-1" hidden></aside><dialog id="dialog"></dialog>
+<p id="notice" role="alert" hidden></p>
 <script>{script}</script>
 """
 PAGE_STYLE = r"""
 :root { color-scheme: light dark; --back: #f3f4f6; --panel: #fff; --line: #dcdfe4; --text: #1b212a;
-  --mute: #5b6673; --accent: #0f7459; --on: #fff; --green: #1f7a3d; --red: #c3262e;
-  --cyan: #0b7285; --magenta: #8f3fa8; --yellow: #8f5f00; --blue: #1f5fbf; --orange: #c2570c; }
+  --mute: #5b6673; --green: #1f7a3d; --red: #c3262e; --cyan: #0b7285; --magenta: #8f3fa8;
+  --yellow: #8f5f00; --blue: #1f5fbf; --orange: #c2570c; }
 @media (prefers-color-scheme: dark) { :root { --back: #0f1216; --panel: #161a20; --line: #2a3039;
-  --text: #dbe1e8; --mute: #909baa; --accent: #35b28e; --on: #08130f; --green: #57c47a;
-  --red: #ff7b78; --cyan: #4cc3d9; --magenta: #d792ee; --yellow: #e0b040; --blue: #7db4ff;
-  --orange: #ff9c4a; } }
+  --text: #dbe1e8; --mute: #909baa; --green: #57c47a; --red: #ff7b78; --cyan: #4cc3d9;
+  --magenta: #d792ee; --yellow: #e0b040; --blue: #7db4ff; --orange: #ff9c4a; } }
 * { box-sizing: border-box; margin: 0; font: inherit; color: inherit; text-decoration: none; }
 body { display: grid; height: 100dvh; padding: 0 16px 12px; gap: 10px; background: var(--back);
   color: var(--text); font: 14px/1.4 system-ui, "Segoe UI", "DejaVu Sans", sans-serif;
   grid: auto auto auto minmax(0, 1fr) / 550px minmax(0, 1fr) 344px; grid-template-areas:
   "head head head" "verdict verdict verdict" "states chart chart" "main main side"; }
-.processing { color: var(--cyan); } .completed { color: var(--green); }
-.dead, .lost, dd.error { color: var(--red); } .cancelled { color: var(--magenta); }
-.failed, .blocked, dd.waits { color: var(--yellow); } .timeout { color: var(--orange); }
-.scheduled { color: var(--blue); } .mute, .interrupted, .none, dt { color: var(--mute); }
+.dead, .lost, dd.error { color: var(--red); } .failed, .blocked, dd.waits { color: var(--yellow); }
+.processing { color: var(--cyan); } .completed { color: var(--green); } .cancelled { color:
+  var(--magenta); } .timeout { color: var(--orange); } .scheduled { color: var(--blue); }
+.interrupted, .none, dt { color: var(--mute); } dialog::backdrop { background: #0006; }
 h1, b { font-weight: 620; } h2, .mute, figcaption { font-size: 12px; color: var(--mute); }
 h2 { font-weight: 600; padding: 12px 0 4px; } aside h2:first-child { padding-top: 0; }
 ol, ul { list-style: none; padding: 0; } b, time, #jobs { font-variant-numeric: tabular-nums; }
@@ -4778,39 +4772,39 @@ button, input, pre, .chip { border: 1px solid var(--line); border-radius: 6px; p
 button, .chip { background: var(--panel); font-size: 13px; white-space: nowrap; cursor: pointer; }
 .chip[aria-current], #states [aria-current] { box-shadow: inset 0 0 0 2px currentColor; }
 button::first-letter { text-transform: uppercase; } button:hover { border-color: var(--mute); }
-.main, [data-act=retry] { background: var(--accent); color: var(--on); }
+.main, [data-act=retry] { background: var(--green); color: var(--panel); }
 [data-act=purge], [data-act=cancel] { border-color: var(--red); color: var(--red); }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: -1px; }
 header { grid-area: head; display: flex; align-items: center; gap: 12px; height: 46px;
   margin: 0 -16px; padding: 0 16px; background: var(--panel); } #database { flex: 1; }
 #verdict { grid-area: verdict; padding: 7px 12px; border-left: 4px solid var(--green);
-  background: var(--panel); color: var(--mute); font-size: 13px; } #verdict b { font-size: 14px; }
-#verdict b { color: var(--text); } #verdict.warn, .warn b { border-color: var(--yellow); }
+  background: var(--panel); color: var(--mute); font-size: 13px; }
+#verdict b { font-size: 14px; color: var(--text); } #verdict.warn { border-color: var(--yellow); }
 #states { grid-area: states; display: grid; grid-template-columns: repeat(5, 1fr); gap: 8px; }
 #states a, #chart, main, #side, dialog { border: 1px solid var(--line); border-radius: 8px;
   background: var(--panel); padding: 10px 12px; }
-#states b { display: block; font-size: 26px; line-height: 1.4; } #chart { grid-area: chart; }
+#states b { display: block; font-size: 26px; line-height: 1.4; } main, #side { overflow: auto; }
+#chart { grid-area: chart; } main { grid-area: main; } #side { grid-area: side; }
 figcaption { display: flex; flex-wrap: wrap; gap: 0 14px; } figcaption i { flex: 1; }
 svg { display: block; width: 100%; height: 66px; } rect { fill: currentColor; }
-main { grid-area: main; overflow: auto; } #side { grid-area: side; overflow: auto; }
 #filter { position: sticky; top: -10px; margin: -10px -12px 0; background: var(--panel); }
 #filter, #pages, .row, #views { display: flex; flex-wrap: wrap; gap: 8px; padding: 8px 12px; }
 #word { width: 250px; } #views { flex: 1; padding: 0; } .row { padding: 0 0 10px; }
 #jobs a, .run { display: grid; align-items: baseline; gap: 0 12px; padding: 4px 12px;
   border-top: 1px solid var(--line); grid-template-columns: 104px 104px 36px 92px 80px 1fr; }
-.what { display: flex; gap: 10px; } #jobs a { margin: 0 -12px; font-size: 13px; } li.mute { padding: 12px 0; }
+.what { display: flex; gap: 10px; } #jobs a { margin: 0 -12px; } li.mute { padding: 12px 0; }
 #side li { display: grid; grid-template-columns: minmax(0, 1fr) auto auto auto; gap: 0 6px;
   align-items: center; padding: 5px 0; border-top: 1px solid var(--line); }
 #side .more { grid-column: 1 / -1; } #side button { padding: 1px 7px; font-size: 12px; }
 #sheet { position: fixed; inset: 0 0 0 auto; width: min(640px, 100vw); overflow: auto; outline: 0;
   padding: 14px 18px; background: var(--panel); box-shadow: 0 0 40px #0006; }
-#sheet, dialog, #notice { overflow-wrap: anywhere; } .row h2 { flex: 1; padding: 4px 0; }
-.row h2 code { font-size: 17px; color: var(--text); } .row .state { padding: 3px 0; }
-pre { white-space: pre-wrap; max-height: 42vh; overflow: auto; padding: 6px 10px; }
-dl { display: grid; grid-template-columns: 90px minmax(0, 1fr); margin: 10px 0; font-size: 13px; }
+#sheet, dialog, #notice { overflow-wrap: anywhere; } .row h2, .row .state { padding: 3px 0; }
+.row h2 { flex: 1; } .row h2 code { font-size: 17px; color: var(--text); }
+pre { white-space: pre-wrap; max-height: 42vh; overflow: auto; }
+ol, dl { font-size: 13px; } dl { display: grid; grid-template-columns: 90px 1fr; margin: 10px 0; }
 #sheet .run { grid-template-columns: 22px 106px 68px 60px minmax(0, 1fr); padding: 4px 6px; }
 dialog { margin: auto; width: min(480px, 96vw); color: var(--text); } label { display: block; }
-dialog::backdrop { background: #0006; } dialog input { width: 100%; padding: 6px 8px; }
+dialog input { width: 100%; padding: 6px 8px; }
 label, dialog .row { margin: 10px 0 0; justify-content: end; padding: 0; }
 #notice { position: fixed; left: 50%; bottom: 18px; transform: translateX(-50%); max-width: 92vw;
   padding: 8px 14px; border-radius: 6px; background: var(--text); color: var(--back); }
@@ -4818,8 +4812,7 @@ label, dialog .row { margin: 10px 0 0; justify-content: end; padding: 0; }
   "head" "verdict" "states" "chart" "main" "side"; } main, #side { overflow: visible; } }
 @media (max-width: 640px) { body { padding: 0 8px 12px; gap: 7px; } #states { gap: 4px; }
   header { margin: 0 -8px; padding: 0 8px; gap: 8px; } svg { height: 46px; }
-  #states a { padding: 4px 2px; text-align: center; font-size: 11px; }
-  #states b { font-size: 19px; }
+  #states a { padding: 4px 0; text-align: center; font-size: 11px; } #states b { font-size: 19px; }
   #jobs a { grid: auto auto / 100px minmax(0, 1fr) auto; padding: 7px 12px; gap: 1px 8px; }
   #jobs .wide { display: none; } #jobs .what { grid-column: 1 / -1; } #word { width: 100%; }
   #sheet .run { grid-template-columns: 22px 106px 1fr auto; } .run .cut { grid-column: 2 / -1; }
@@ -4827,22 +4820,23 @@ label, dialog .row { margin: 10px 0 0; justify-content: end; padding: 0; }
 """
 PAGE_SCRIPT = r"""
 "use strict";
-const $ = id => document.getElementById(id);
+const $ = id => document.getElementById(id), state = name => el("span state " + name, name);
 let status, jobs, job, output = {text: ""}, skew = 0, stream, loading, again;
 // What is asked before something is done: a text, and the fields of a form.
-const ASKED = {"cancel": ["Cancel $? If it runs, it is ended."],
-  "purge": ["Delete $, with its runs and their output, for good?"],
-  "retry-all": ["Retry all dead jobs of $?"],
-  "limit": ["How many jobs of $ may run at once? Nothing: any number.", "number"],
-  "enqueue": ["A command for the shell", "command", "id", "queue", "priority", "timeout", "delay"],
-  "edit": ["Change $", "command", "queue", "priority", "timeout", "max_retries", "delay"]};
-
+const ASKED = {cancel: ["Cancel $? If it runs, it is ended."],
+  purge: ["Delete $, with its runs and their output, for good?"],
+  limit: ["How many jobs of $ may run at once? Nothing: any number.", "number"],
+  enqueue: ["A command for the shell", "command", "id", "queue", "priority", "timeout", "delay"],
+  edit: ["Change $", "command", "queue", "priority", "timeout", "max_retries", "delay"],
+  "retry-all": ["Retry all dead jobs of $?"]};
 // el("b mute", "text", {title: "..."}) is a node: what comes from a job becomes a text node in it,
 // or the value of an attribute. fill() changes only what differs: focus and selection stay.
 function el(what, ...children) {
-  const [tag, ...look] = what.split(" "), node = document.createElementNS("http://www.w3.org/" +
-    (["svg", "rect"].includes(tag) ? "2000/svg" : "1999/xhtml"), tag);
-  if (look.length) node.setAttribute("class", look.join(" "));
+  const [tag, ...look] = what.split(" "), kind = /svg|rect/.test(tag) ? "2000/svg" : "1999/xhtml";
+  return give(document.createElementNS("http://www.w3.org/" + kind, tag), {class: look.join(" ")},
+    children);
+}
+function give(node, ...children) {
   for (const child of children.flat(3).filter(child => child || child === 0)) {
     if (child.constructor !== Object) node.append(child);
     else for (const [name, value] of Object.entries(child))
@@ -4863,11 +4857,7 @@ function patch(old, now) {
   }
   for (const gone of left) gone.remove();
 }
-function fill(id, ...children) {
-  const now = $(id).cloneNode(false);
-  now.append(...el("p", children).childNodes);
-  patch($(id), now);
-}
+const fill = (id, ...children) => patch($(id), give($(id).cloneNode(false), children));
 // What is shown stands in the address, behind the #: reload, "back" and bookmarks keep it.
 const pairs = found => new URLSearchParams(Object.entries(found).filter(([, value]) => value));
 const place = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
@@ -4875,7 +4865,6 @@ const to = changes => "#" + pairs({...place(), ...changes});
 const link = (look, text, changes, more) => el("a " + look, text, {href: to(changes)}, more);
 const act = (name, body, text = name.replace("-", " ")) => el("button", text, ASKED[name] && "…",
   {"data-act": name, "data-body": JSON.stringify(body)});
-const state = name => el("span state " + name, name);
 const words = (...texts) => texts.filter(Boolean).join(" · ");
 const clock = () => Date.now() / 1000 + skew, epoch = text => Date.parse(text) / 1000;
 const age = seconds => seconds < 1 ? Math.round(seconds * 1000) + "ms" : seconds < 60
@@ -4891,7 +4880,6 @@ function tick() {  // no more often than somebody can see
   for (const each of times) each.firstChild.data = told(each.dateTime);
   setTimeout(tick, times.some(each => /\ds/.test(each.firstChild.data)) ? 1000 : 20000);
 }
-
 function showStatus() {
   const {jobs: counts, workers, queues, limits, paused, warning} = status, here = place();
   document.title = (warning ? "! " : counts.dead ? counts.dead + " dead · " : "") + "queuectl";
@@ -4956,8 +4944,7 @@ function showJobs() {
 function showSheet() {
   const before = $("output"), was = $("sheet").hidden;
   const atEnd = !before || before.scrollTop + before.clientHeight > before.scrollHeight - 30;
-  $("sheet").hidden = !place().job || !job;
-  if ($("sheet").hidden) return fill("sheet");
+  if ($("sheet").hidden = !place().job || !job) return fill("sheet");
   const {id, view} = job, ended = /dead|cancelled/.test(view), waits = job.state === "pending";
   fill("sheet", el("div row", el("h2", el("code", id)), state(view), link("chip", "Close", {job: "",
     run: ""})), el("div row", ended && act("retry", {id}), (ended || waits) && act("edit", {id}),
@@ -4973,13 +4960,11 @@ function showSheet() {
   if (atEnd && $("output")) $("output").scrollTop = $("output").scrollHeight;
   if (was) $("sheet").focus();
 }
-
 function tell(text) { $("notice").textContent = text; $("notice").hidden = !text; }
 async function ask(path, body) {
   const answer = await fetch(path, body && {method: "POST", headers: {"X-Queuectl": "1"},
     body: JSON.stringify(body)});
-  if (!answer.ok) throw Error(await answer.text());
-  return answer.json();
+  if (answer.ok) return answer.json(); else throw Error(await answer.text());
 }
 async function refresh() {  // one at a time
   const {job: id, run, ...filters} = place();
@@ -5001,18 +4986,18 @@ async function refresh() {  // one at a time
 function start(name, body) {
   const [text, ...fields] = ASKED[name] || [], had = name === "edit" ? job : body;
   if (!text) return ask(name, body).then(refresh, error => tell(error.message));
-  fill("dialog");  // or what was typed before would stay
-  fill("dialog", el("form", el("p", text.replace("$", () => body.id || body.queue || "all queues")),
-    fields.map(field => el("label", field.replace("_", " "), el("input", {name: field,
-      value: had[field], autocomplete: "off"}))), el("p dead", {id: "refused", role: "alert"}),
-    el("div row", act("back"), el("button main", name.replace("-", " ")))));
+  fill("dialog", el("form", {"data-key": Date.now()}, el("p", text.replace("$", () => body.id ||
+    body.queue || "all queues")), fields.map(field => el("label", field.replace("_", " "),
+    el("input", {name: field, value: had[field], autocomplete: "off"}))), el("p dead", {
+    id: "refused", role: "alert"}), el("div row", act("back"), el("button main",
+    name.replace("-", " ")))));
   $("dialog").firstChild.onsubmit = async event => {
     event.preventDefault();
     const given = [...new FormData(event.target)].filter(([field, text]) => name === "limit" || text
       && text !== String(had[field])).map(([field, text]) => [field, text || null]);
     try {
       const result = await ask(name, {...body, ...Object.fromEntries(given)});
-      if (name === "enqueue") location.hash = to({job: result, run: ""});
+      if (/enqueue|purge/.test(name)) location.hash = to({job: result, run: ""});
       $("dialog").close();
       refresh();
     } catch (error) { fill("refused", error.message); }
@@ -5024,14 +5009,12 @@ function listen() {  // while the tab is seen
   if (document.hidden) return;
   stream = new EventSource("events");
   stream.onmessage = event => { status = JSON.parse(event.data); refresh(); };
-  stream.onopen = stream.onerror = event => {
-    $("link").className = event.type === "open" ? "state completed" : "state failed";
-    $("link").textContent = event.type === "open" ? "live" : stream.readyState === 2
-      ? "open the URL that `web` has printed last" : "no connection";
+  stream.onopen = stream.onerror = () => {
+    $("link").className = "state " + (stream.readyState === 1 ? "completed" : "failed");
+    $("link").textContent = ["no connection", "live", "open the new URL"][stream.readyState];
   };
 }
-document.onvisibilitychange = listen;
-window.onhashchange = refresh;
+document.onvisibilitychange = listen; window.onhashchange = refresh;
 document.onclick = event => {
   const {act, body} = (event.target.closest("[data-act]") || document.body).dataset;
   tell("");
@@ -5042,13 +5025,11 @@ document.onkeydown = event => {
   if (event.key === "Escape" && !$("dialog").open) location.hash = to({job: "", run: ""});
   if (event.key === "/" && event.target.tagName !== "INPUT") { $("word").focus(); return false; }
 };
-$("filter").onsubmit = () => false;
 $("word").oninput = () => location.replace(to({word: $("word").value, before: ""}));
-$("word").value = place().word || "";
+$("word").value = place().word || ""; $("filter").onsubmit = () => false;
 history.replaceState(null, "", location.pathname + location.hash);
 setInterval(() => status && showChart(), 60000);
-listen();
-tick();
+listen(); tick();
 """
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'sha256-%s'; script-src 'sha256-%s'; "
@@ -5210,7 +5191,8 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
             connection.shutdown(socket.SHUT_RDWR)
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        server_version, sys_version, timeout = "queuectl", "", REQUEST_TIME
+        server_version, sys_version, default_request_version = "queuectl", "", "HTTP/1.0"
+        timeout = REQUEST_TIME
 
         def do_GET(self) -> None:
             try:

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import ctypes
 import errno
+import hashlib
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -34,6 +36,7 @@ import textwrap
 import threading
 import time
 import unittest
+import urllib.parse
 import zlib
 from unittest import mock
 
@@ -8394,6 +8397,731 @@ class Completion(Everyday):
 
 
 @unittest.skipIf(sys.platform == "win32", "the recipes are for sh")
+# -- web ------------------------------------------------------------------------------------
+
+class WebCase(Everyday):
+    """What tests of the page need: a `web` that serves, and requests."""
+
+    XSS = ("<script>document.title='owned'</script>", "javascript:document.title='owned'",
+           "\"'><img/src=x/onerror=document.title='owned'>",
+           "</script><svg/onload=document.title='owned'>")
+
+    def serve(self, *words, **constants):
+        """Start `web`, with other values of the room's constants."""
+        code = "import sys; sys.path.insert(0, %r); import queuectl; queuectl.__dict__.update(%r);" \
+            " sys.exit(queuectl.main(sys.argv[1:]))" % (HERE, constants)
+        log = self.path("web-%d" % len(self.processes))
+        with open(log, "wb") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, "web", *words], stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=errors, env=self.env, start_new_session=True,
+                preexec_fn=default_signals)
+        process.log = log
+        self.processes.append(process)
+        self.url = process.stdout.readline().decode().strip()
+        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?ticket=([\w-]{40,})", self.url)
+        self.assertTrue(found, self.url + read_file(log).decode())
+        self.port, self.ticket, self.cookie = int(found.group(1)), found.group(2), ""
+        return process
+
+    def request(self, method, path, body=None, headers=(), **more):
+        """(status, headers, body) of a request, by default as a tab makes it."""
+        lines = {"Host": "127.0.0.1:%d" % self.port, "Cookie": self.cookie, "Connection": "close"}
+        if method == "POST":
+            lines.update({"X-Queuectl": "1", "Content-Length": str(len(body or b""))})
+        lines.update(headers, **more)
+        head = "".join("%s: %s\r\n" % (name, value) for name, value in lines.items()
+                       if value is not None)
+        head = "%s %s HTTP/1.1\r\n%s\r\n" % (method, path, head)
+        return self.raw(head.encode() + (body or b""))
+
+    def raw(self, data):
+        """(status, headers, body) of what is answered to these bytes; None: nothing is."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as connection:
+            with contextlib.suppress(OSError):  # it need not read a body that it refuses
+                connection.sendall(data)
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                for piece in iter(lambda: connection.recv(1 << 16), b""):
+                    answer += piece
+        if not answer:
+            return None
+        head, _, body = answer.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        return int(first.split()[1]), dict(line.split(": ", 1) for line in lines), body
+
+    def open(self):
+        """Take the ticket, as a browser does; the page."""
+        status, headers, body = self.request("GET", "/?ticket=" + self.ticket)
+        self.assertEqual(status, 200)
+        self.cookie = headers["Set-Cookie"].partition(";")[0]
+        return headers, body.decode()
+
+    def look(self, path, **asked):
+        status, headers, body = self.request("GET", path + "?" + urllib.parse.urlencode(asked))
+        self.assertEqual((status, headers["Content-Type"]),
+                         (200, "application/json; charset=utf-8"), body)
+        return json.loads(body)
+
+    def act(self, path, **body):
+        status, _, answer = self.request("POST", path, json.dumps(body).encode())
+        self.assertEqual(status, 200, answer)
+        return json.loads(answer)
+
+
+class Web(WebCase):
+    """The page over HTTP: what it shows, what it does, and all that it refuses."""
+
+    def test_the_printed_url_opens_the_page_once(self):
+        process = self.serve()
+        self.assertEqual(self.request("GET", "/")[0], 403)
+        headers, page = self.open()
+        self.assertRegex(headers["Set-Cookie"], r"\Aqueuectl-%d=[\w-]{40,}; HttpOnly; "
+                         r"SameSite=Strict; Path=/\Z" % self.port)
+        self.assertEqual(self.request("GET", "/")[0], 200)
+        cookie, self.cookie = self.cookie, ""
+        self.assertEqual(self.request("GET", "/?ticket=" + self.ticket)[0], 403)
+        line = read_file(process.log).decode()
+        self.assertRegex(line, r"\Aqueuectl: [^\n]+\n\Z")
+        self.ticket = re.search(r"ticket=(\S+)", line).group(1)
+        self.open()  # in another browser
+        self.assertEqual(self.cookie, cookie)
+        # One script and one style, known by their hashes; nothing from elsewhere.
+        policy = headers["Content-Security-Policy"]
+        for kind in ("script", "style"):
+            inside = re.findall(r"<%s>(.*?)</%s>" % (kind, kind), page, re.S)
+            self.assertEqual(len(inside), 1)
+            self.assertIn("%s-src 'sha256-%s'" % (kind, base64.b64encode(
+                hashlib.sha256(inside[0].encode()).digest()).decode()), policy)
+        for word in ("default-src 'none'", "frame-ancestors 'none'", "form-action 'none'",
+                     "base-uri 'none'", "require-trusted-types-for 'script'"):
+            self.assertIn(word, policy)
+        self.assertEqual(set(re.findall(r"https?://[\w.]+", page)), {"http://www.w3.org"})  # names
+        for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(",
+                     "Function(", "onclick=", "javascript:"):
+            self.assertNotIn(word, page)
+
+    def test_it_is_small(self):
+        constants = [queuectl.PAGE_HTML, queuectl.PAGE_STYLE, queuectl.PAGE_SCRIPT]
+        self.assertLessEqual(sum(text.strip().count("\n") + 1 for text in constants), 300)
+
+    def test_what_it_refuses(self):
+        process = self.serve()
+        self.open()
+        host = "127.0.0.1:%d" % self.port
+        self.add("a", "true")
+        good = json.dumps({"command": "touch owned"}).encode()
+        for status, method, path, body, headers in (
+                (403, "GET", "/jobs", None, {"Cookie": None}),
+                (403, "GET", "/events", None, {"Cookie": ""}),
+                (403, "GET", "/jobs", None, {"Cookie": "queuectl-%d=x" % self.port}),
+                (403, "GET", "/jobs", None, {"Cookie": "queuectl-1" + self.cookie[10:]}),
+                (403, "GET", "/nowhere", None, {"Cookie": ""}),
+                (403, "POST", "/enqueue", good, {"Cookie": self.cookie[:-1]}),
+                (403, "POST", "/enqueue", good, {"Cookie": self.cookie + "\u00e9"}),
+                (403, "GET", "/?ticket=x", None, {"Cookie": ""}),
+                (403, "GET", "/?ticket=%ff%00", None, {"Cookie": ""}),
+                (403, "GET", "/", None, {"Host": "evil.example.org"}),
+                (403, "GET", "/", None, {"Host": "127.0.0.1.evil.org:%d" % self.port}),
+                (403, "GET", "/", None, {"Host": "0.0.0.0:%d" % self.port}),
+                (403, "GET", "/", None, {"Host": None}),
+                (403, "GET", "/", None, {"host": "evil.example.org"}),  # two of them
+                (403, "POST", "/enqueue", good, {"Origin": "http://evil.example.org"}),
+                (403, "POST", "/enqueue", good, {"Origin": "null"}),
+                (403, "POST", "/enqueue", good, {"Origin": "http://127.0.0.1:1"}),
+                (403, "POST", "/enqueue", good, {"Origin": "https://" + host}),
+                (403, "GET", "/jobs", None, {"Origin": "http://evil.example.org"}),
+                (403, "POST", "/enqueue", good, {"X-Queuectl": None}),
+                (403, "POST", "/enqueue", good, {"X-Queuectl": "0"}),
+                (404, "GET", "/nowhere", None, {}), (404, "GET", "/../etc/passwd", None, {}),
+                (404, "POST", "/jobs/", good, {}),
+                (405, "GET", "/enqueue?command=true", None, {}),
+                (405, "GET", "/cancel?id=a", None, {}), (405, "GET", "/pause", None, {}),
+                (405, "POST", "/jobs", b"{}", {}), (405, "POST", "/", b"{}", {}),
+                (405, "PUT", "/enqueue", good, {}), (405, "OPTIONS", "/enqueue", None, {}),
+                (405, "DELETE", "/", None, {}), (405, "BREW", "/", None, {}),
+                (411, "POST", "/enqueue", None, {"Content-Length": None}),
+                (411, "POST", "/enqueue", b"2\r\n{}\r\n0\r\n\r\n", {
+                    "Content-Length": None, "Transfer-Encoding": "chunked"}),
+                (413, "POST", "/enqueue", None, {"Content-Length": str(1 << 30)}),
+                (400, "POST", "/enqueue", None, {"Content-Length": "-1"}),
+                (400, "POST", "/enqueue", None, {"Content-Length": "9" * 99}),
+                (400, "POST", "/enqueue", b"", {}), (400, "POST", "/enqueue", b"{", {}),
+                (400, "POST", "/enqueue", b"[]]", {}), (400, "POST", "/enqueue", b"7", {}),
+                (400, "POST", "/enqueue", b"null", {}), (400, "POST", "/enqueue", b'"x"', {}),
+                (400, "POST", "/enqueue", b"[" * 100000, {}),
+                (400, "POST", "/enqueue", b"\xff", {}),
+                (400, "POST", "/enqueue", b'{"command": " "}', {}),
+                (400, "POST", "/enqueue", b'{"command": "true", "shell": 1}', {}),
+                (400, "POST", "/enqueue", b'{"command": "true", "id": "a"}', {}),
+                (400, "POST", "/enqueue", b'{"command": "\\ud800"}', {}),
+                (400, "POST", "/cancel", b"{}", {}), (400, "POST", "/cancel", b'{"id": null}', {}),
+                (400, "POST", "/cancel", b'{"id": "nobody"}', {}),
+                (400, "POST", "/cancel", b'{"id": [["a"]]}', {}),
+                (400, "POST", "/retry", b'{"id": "a"}', {}),
+                (400, "POST", "/purge", b'{"id": "a"}', {}),
+                (400, "POST", "/edit", b'{"id": "a", "unique": "b"}', {}),
+                (400, "POST", "/edit", b'{"id": "a", "priority": "high"}', {}),
+                (400, "POST", "/pause", b"{}", {}), (400, "POST", "/pause", b'{"queue": "*"}', {}),
+                (400, "POST", "/retry-all", b'{"queue": {}}', {}),
+                (400, "POST", "/limit", b'{"queue": "q"}', {}),
+                (400, "POST", "/limit", b'{"queue": "q", "number": 0}', {}),
+                (400, "POST", "/limit", b'{"queue": null, "number": 1}', {}),
+                (400, "GET", "/job", None, {}), (400, "GET", "/job?id=nobody", None, {}),
+                (400, "GET", "/job?id=a&run=x", None, {}), (400, "GET", "/job?id=%00", None, {}),
+                (400, "GET", "/jobs?state=odd", None, {}),
+                (400, "GET", "/jobs?before=-1", None, {}),
+                (400, "GET", "/jobs?before=1e99", None, {}),
+                (400, "GET", "/jobs?" + "&".join("a%d=1" % n for n in range(99)), None, {}),
+                (400, "GET", "http://[/", None, {}), (414, "GET", "/" + "a" * 70000, None, {}),
+                (431, "GET", "/", None, {"h%d" % number: "x" for number in range(200)})):
+            with self.subTest(method + " " + path[:40], body=body and body[:40], **headers if
+                              len(headers) < 9 else {}):
+                answer = self.request(method, path, body, headers)
+                self.assertEqual((answer[0], answer[1]["Content-Type"]),
+                                 (status, "text/plain; charset=utf-8"), answer[2])
+                self.assertRegex(answer[2], rb"\A[^\n]+\n\Z")
+        for data in (b"\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+                     b"\x16\x03\x01\x02\r\n\r\n",
+                     b"GET / HTTP/1.1\r\nHost: %b\r\n no colon\r\n\r\n" % host.encode()):
+            answer = self.raw(data)
+            self.assertTrue(answer is None or 400 <= answer[0] < 500, answer)
+        answer = self.request("POST", "/enqueue", b'{"command": "%s"}' % (b"x" * 10 ** 7))
+        self.assertTrue(answer is None or answer[0] == 413, answer)
+        with Queue(self.db) as queue:
+            self.assertEqual([(job.id, job.state) for job in queue.jobs()], [("a", "pending")])
+            self.assertEqual((queue.paused(), queue.limits()), ([], {}))
+        self.assertRegex(read_file(process.log), rb"\Aqueuectl: [^\n]+\n\Z")
+        self.assertIsNone(process.poll())
+
+    def test_by_the_name_localhost(self):
+        """As through ssh -L, where the browser knows another port."""
+        self.serve()
+        self.open()
+        self.assertEqual(self.request("GET", "/jobs", Host="localhost:9", Origin="http://localhost:9")
+                         [0], 200)
+
+    def test_what_it_does(self):
+        queue = self.queue()
+        self.serve()
+        self.open()
+        id = self.act("/enqueue", command="echo hi", queue="mail", priority=3, timeout="90")
+        job = queue.get(id)
+        self.assertEqual((job.command, job.queue, job.priority, job.timeout),
+                         ("echo hi", "mail", 3, 90))
+        self.act("/edit", id=id, command="echo ho", priority="-1", max_retries=1, delay=None)
+        self.assertEqual((queue.get(id).command, queue.get(id).priority), ("echo ho", -1))
+        self.act("/pause", queue="mail")
+        self.act("/pause", queue=None)
+        self.assertEqual(queue.paused(), ["*", "mail"])
+        self.act("/resume", queue="mail")
+        self.assertEqual(queue.paused(), ["*"])
+        self.act("/resume", queue=None)
+        self.act("/limit", queue="mail", number="2")
+        self.assertEqual(queue.limits(), {"mail": 2})
+        self.act("/limit", queue="mail", number=None)
+        self.assertEqual((queue.limits(), queue.paused()), ({}, []))
+        self.assertEqual(self.run_all(queue, "failed"), [id])
+        self.act("/retry", id=id)
+        self.assertEqual(queue.get(id).state, "pending")
+        self.act("/cancel", id=id)
+        self.assertEqual(queue.get(id).state, "cancelled")
+        self.act("/retry", id=id)
+        self.run_all(queue, "failed")
+        self.assertEqual(self.act("/retry-all", queue="other"), 0)
+        self.assertEqual(self.act("/retry-all", queue=None), 1)
+        self.run_all(queue, "failed")
+        self.act("/purge", id=id)
+        self.assertEqual(list(queue.jobs()), [])
+        self.add("b", "true")
+        self.assertEqual(self.act("/cancel-all", queue="default"), 1)
+        self.assertEqual(queue.get("b").state, "cancelled")
+
+    def test_what_it_shows_is_what_the_commands_show(self):
+        queue = self.queue()
+        queue.set_setting("backoff_base", 1000)
+        for number in range(60):
+            queue.enqueue("echo %d" % number, id="j%d" % number, env={"SECRET": "value"})
+        queue.enqueue("echo later", id="b", after=["j1"], queue="mail")
+        self.run_next(queue, "failed")
+        self.run_next(queue, output=b"x" * 10)
+        self.serve()
+        self.open()
+        page = self.look("/jobs")
+        listed = json.loads(self.ok("list", "--json", "--last", "50"))
+        known = [{**job, "env": sorted(job["env"])} for job in listed][::-1]
+        self.assertEqual([{name: job[name] for name in known[0]} for job in page["jobs"]], known)
+        rest = self.look("/jobs", before=page["older"])
+        self.assertEqual(([job["id"] for job in rest["jobs"]], rest["older"]),
+                         (["j%d" % number for number in range(10, -1, -1)], None))
+        for asked, ids in (({"state": "failed"}, ["j0"]), ({"state": "completed"}, ["j1"]),
+                           ({"queue": "mail"}, ["b"]), ({"word": "%"}, []),
+                           ({"word": "ECHO 4", "state": "pending"},
+                            ["j%d" % number for number in (*range(49, 39, -1), 4)])):
+            self.assertEqual([job["id"] for job in self.look("/jobs", **asked)["jobs"]], ids, asked)
+        sheet, shown = self.look("/job", id="j0"), json.loads(self.ok("show", "--json", "j0"))
+        runs = [{name: run[name] for name in shown["runs"][0]} for run in sheet.pop("runs")]
+        self.assertEqual((runs, sheet["env"]), (shown.pop("runs"), ["SECRET"]))
+        self.assertEqual({**{name: sheet[name] for name in shown}, "env": shown["env"]}, shown)
+        self.assertRegex(dict(sheet["facts"])["waits"], "it waits until .*; no worker runs")
+        self.assertNotIn("value", json.dumps(sheet) + json.dumps(page))
+        self.assertEqual(self.look("/job", id="j1")["output"]["text"], "x" * 10)
+        self.assertIsNone(self.look("/job", id="j5")["output"])
+
+    def test_output_comes_as_it_grows(self):
+        """From where the tab has seen it, in whole characters; of a long one the end."""
+        queue = self.queue()
+        queue.enqueue("true", id="a")
+        claim = self.claim(queue)
+        text = "h\u00e9llo \u20ac\n".encode()
+        self.serve(OUTPUT_SHOWN=1000)
+        self.open()
+        shown, seen = "", 0
+        for at in range(len(text)):
+            queue.add_output(claim.run, [(at, text[at:at + 1])], (0, 0))
+            output = self.look("/job", id="a", shown=1, seen=seen)["output"]
+            self.assertEqual((output["run"], output["from"]), (1, seen))
+            shown, seen = shown + output["text"], output["seen"]
+        self.assertEqual((shown.encode(), seen), (text, len(text)))
+        self.settle(queue, claim, "failed", output=b"y" * 5000 + b"end \xff")
+        output = self.look("/job", id="a")["output"]
+        self.assertEqual(output["text"],
+                         "[4005 bytes stand before this]\n" + "y" * 995 + "end \ufffd")
+        self.assertEqual(self.look("/job", id="a", shown=2, seen=9)["output"]["from"], 0)
+
+    def events(self):
+        """A stream of statuses, as an open tab has it."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        self.addCleanup(connection.close)
+        connection.sendall(("GET /events HTTP/1.1\r\nHost: localhost\r\nCookie: %s\r\n\r\n"
+                            % self.cookie).encode())
+        stream = connection.makefile("rb")
+        self.addCleanup(stream.close)
+        self.assertIn(b" 200 ", stream.readline())
+        while stream.readline().strip():
+            pass
+        for line in stream:
+            if line.startswith(b"data: "):
+                yield json.loads(line[6:])
+
+    def test_the_status_comes_whenever_something_changes(self):
+        queue = self.queue()
+        queue.enqueue("true", id="a")
+        self.serve()
+        self.open()
+        tabs = [self.events(), self.events()]
+        for tab in tabs:
+            status = next(tab)
+            known = json.loads(self.ok("status", "--json"))
+            self.assertEqual({**{name: status[name] for name in known}, "oldest_ready_seconds": 0},
+                             {**known, "oldest_ready_seconds": 0})
+            self.assertIn("no worker runs", status["warning"])
+        self.run_next(queue, "failed")
+        for tab in tabs:
+            status = next(tab)
+            while not status["minutes"]:  # the claim and the settle may be seen one by one
+                status = next(tab)
+            self.assertEqual(status["jobs"]["failed"], 1)
+            self.assertEqual(status["minutes"][0][1:], ["failed", 1])
+        queue.enqueue("true", queue=self.XSS[0].replace(" ", ""))
+        self.assertIn(self.XSS[0], next(tabs[0])["queues"])
+
+    def test_the_database_is_asked_only_when_it_has_changed(self):
+        """For all tabs at once, and not at all where no tab is open."""
+        queue, watch, asked = self.queue(), queuectl.Watch(), []
+        ended = threading.Event()
+
+        def run():
+            with Queue(self.db) as own, contextlib.suppress(QueueError):
+                watch.run(own)
+            ended.set()
+
+        def ask(own):
+            asked.append(1)
+            return dict(status(own))
+        status = queuectl.page_status
+        with mock.patch.multiple(queuectl, page_status=ask, LOOK=0.01, BEAT=0.1):
+            threading.Thread(target=run, daemon=True).start()
+            queue.enqueue("true")
+            tabs = [watch.events(), watch.events()]
+            first = [next(tab) for tab in tabs]
+            self.assertEqual((first[0][:6], first[0]), (b"data: ", first[1]))
+            calm = len(asked)
+            for tab in tabs:
+                self.assertEqual([next(tab) for _ in range(3)], [b":\n\n"] * 3)
+            self.assertEqual(len(asked), calm)
+            queue.enqueue("true")
+            self.until(lambda: next(tabs[0]) != b":\n\n")
+            self.assertEqual(len(asked), calm + 1)
+            for tab in tabs:
+                tab.close()
+            self.assertEqual(watch.readers, 0)
+            queue.enqueue("true")
+            self.until(lambda: watch.status == b"")
+            self.assertEqual(len(asked), calm + 1)
+            queue.close()
+            os.unlink(self.db)
+            self.assertTrue(ended.wait(PATIENCE))
+
+    def test_a_worker_that_dies_in_silence_is_seen(self):
+        """The database does not say so: nobody is left to write it there."""
+        supervisor = self.workers(1)
+        self.serve()
+        self.open()
+        tab = self.events()
+        pids = [info.pid for info in self.infos()] + [supervisor.pid]
+        while not next(tab)["workers"]:
+            pass
+        for pid in (supervisor.pid, *pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while next(tab)["workers"]:
+            pass
+
+    def infos(self):
+        with Queue(self.db) as queue:
+            return queue.workers()
+
+    def test_slow_clients_and_many_connections_hurt_nobody(self):
+        process = self.serve(REQUEST_TIME=1.5)
+        self.open()
+        crowd = []
+        try:
+            for number in range(200):
+                crowd.append(socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE))
+                crowd[-1].sendall(b"GET / HT" if number % 2 else b"")
+            self.assertEqual(self.look("/jobs")["jobs"], [])
+            self.assertEqual(crowd[0].recv(9), b"")  # who was silent longest had to go
+            drip = crowd[-1]  # a byte now and then is no request either
+            with contextlib.suppress(OSError):
+                for _ in range(1000):
+                    drip.sendall(b"x")
+                    if select.select([drip], [], [], 0.05)[0]:
+                        break
+            self.assertFalse(drip.recv(999).startswith(b"HTTP/1.0 200"))
+            self.assertEqual(self.look("/jobs")["jobs"], [])
+        finally:
+            for connection in crowd:
+                connection.close()
+        self.assertRegex(read_file(process.log), rb"\Aqueuectl: [^\n]+\n\Z")
+
+    def test_several_serve_at_once_and_a_port_has_one(self):
+        self.serve()
+        port = self.port
+        self.open()
+        self.assertIn("cannot listen on 127.0.0.1:%d" % port, self.refused("web", "--port", port))
+        self.assertEqual(self.refused("web", "--port", "65536", code=2)[:9], "queuectl:")
+        self.serve()
+        self.open()
+
+    def test_it_listens_on_this_machine_only(self):
+        self.serve()
+        sockets = [line.split() for line in read_file("/proc/net/tcp").decode().splitlines()] \
+            if os.path.exists("/proc/net/tcp") else []
+        found = [line[1] for line in sockets if line[1].endswith(":%04X" % self.port)
+                 and line[3] == "0A"]
+        self.assertEqual(found, ["0100007F:%04X" % self.port] * bool(sockets))
+
+    def test_its_end(self):
+        process = self.serve()
+        self.open()
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(PATIENCE), 130)
+        process = self.serve()
+        os.unlink(self.db)
+        self.assertEqual(process.wait(PATIENCE), 1)
+        self.assertRegex(read_file(process.log),
+                         rb"\Aqueuectl: [^\n]+ deleted or replaced; stopping\n\Z")
+
+    def test_text_from_jobs_is_never_html(self):
+        """It travels as JSON, which no browser takes for a page."""
+        queue = self.queue()
+        for number, text in enumerate(self.XSS):
+            word = re.sub(r"\s", "", text)
+            queue.enqueue(text, id=word, queue=word, env={text.replace("=", ""): text})
+            claim = self.claim(queue)
+            self.settle(queue, claim, "failed", error=text, output=text.encode())
+        self.serve()
+        _, page = self.open()
+        self.assertNotIn("owned", page)
+        for path in ("/jobs", "/job?id=" + urllib.parse.quote(self.XSS[0]), "/jobs?state=<script>"):
+            _, headers, body = self.request("GET", path)
+            self.assertIn(headers["Content-Type"].partition(";")[0],
+                          ("application/json", "text/plain"))
+            self.assertEqual(headers["X-Content-Type-Options"], "nosniff")
+            self.assertIn("default-src 'none'", headers["Content-Security-Policy"])
+
+
+class Chromium:
+    """A headless browser over its debugging pipe (messages of JSON, each ended by a NUL)."""
+
+    NAMES = ("chromium", "chromium-browser", "google-chrome")
+    PATH = next(filter(None, map(shutil.which, NAMES)), None)
+
+    def __init__(self, folder, width=1280, height=800):
+        orders, answers = os.pipe(), os.pipe()
+
+        def pipes():  # 3 is what it reads, 4 what it writes
+            ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (orders[0], answers[1])]
+            for end, number in zip(ends, (3, 4)):
+                os.dup2(end, number)
+        self.process = subprocess.Popen(
+            [self.PATH, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--disable-dev-shm-usage", "--user-data-dir=" + folder,
+             "--window-size=%d,%d" % (width, height), "--remote-debugging-pipe", "about:blank"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            close_fds=False, preexec_fn=pipes, start_new_session=True)
+        os.close(orders[0])
+        os.close(answers[1])
+        self.orders, self.answers = orders[1], answers[0]
+        self.count, self.buffer, self.session, self.complaints = 0, b"", None, []
+        pages = [target for target in self.call("Target.getTargets")["targetInfos"]
+                 if target["type"] == "page"]
+        self.session = self.call("Target.attachToTarget", targetId=pages[0]["targetId"],
+                                 flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(domain + ".enable")
+
+    def call(self, method, **parameters):
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.orders, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.read()
+            text = json.dumps(answer.get("params"))
+            if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded") \
+                    and "Failed to load resource" not in text:  # what was refused
+                self.complaints.append(text)
+            if answer.get("id") == self.count:
+                if "error" in answer:
+                    raise AssertionError("%s: %s" % (method, answer["error"]))
+                return answer["result"]
+
+    def read(self):
+        while b"\0" not in self.buffer:
+            if not select.select([self.answers], [], [], PATIENCE)[0]:
+                raise AssertionError("the browser says nothing")
+            data = os.read(self.answers, 1 << 16)
+            if not data:
+                raise AssertionError("the browser has ended")
+            self.buffer += data
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def js(self, text):
+        found = self.call("Runtime.evaluate", expression=text, awaitPromise=True,
+                          returnByValue=True)
+        if "exceptionDetails" in found:
+            raise AssertionError("%s: %s" % (text, found["exceptionDetails"]))
+        return found["result"].get("value")
+
+    def key(self, key):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
+                      text={"Enter": "\r"}.get(key, key if len(key) == 1 else ""),
+                      windowsVirtualKeyCode={"Enter": 13, "Escape": 27, "Tab": 9}.get(key, 0))
+
+    def close(self):
+        with contextlib.suppress(AssertionError, OSError):
+            self.session = None
+            self.call("Browser.close")
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        os.close(self.orders)
+        os.close(self.answers)
+
+
+@unittest.skipUnless(Chromium.PATH, "needs Chromium: apt-get install chromium")
+class Browser(WebCase):
+    """The page in a real browser. Nothing in here reloads it."""
+
+    def setUp(self):
+        super().setUp()
+        self.server = self.serve()
+        self.browser = Chromium(self.path("chromium"))
+        self.addCleanup(self.browser.close)
+
+    def visit(self):
+        self.browser.call("Page.navigate", url=self.url)
+        self.seen("!!status && document.querySelector('#states b')")
+        self.browser.js("window.same = true")  # until it is loaded anew
+
+    def seen(self, condition):
+        """Wait until this is so in the page."""
+        self.until(lambda: self.browser.js("!!(%s)" % condition), "never: " + condition)
+
+    def text(self, selector):
+        return self.browser.js("[...document.querySelectorAll(%r)].map(each => each.innerText)"
+                               % selector)
+
+    def click(self, selector):
+        self.seen("document.querySelector(%r)" % selector)
+        self.browser.js("document.querySelector(%r).click()" % selector)
+
+    def done(self):
+        self.assertTrue(self.browser.js("window.same"))
+        self.assertEqual(self.browser.complaints, [])
+
+    def test_a_job_from_its_start_to_its_retry(self):
+        """Load, enqueue, follow, filter, open, edit, retry: each is seen on the page."""
+        self.visit()
+        self.assertEqual(self.browser.js("location.search"), "")  # the ticket has gone
+        self.click("[data-act=enqueue]")
+        meeting = self.meeting()
+        for name, value in (("command", "echo before; %s; echo after; exit 3" % meeting.here),
+                            ("id", "job"), ("queue", "mail")):
+            self.browser.js("document.querySelector('[name=%s]').value = %s"
+                            % (name, json.dumps(value)))
+        self.click("dialog .main")
+        self.seen("document.querySelector('#sheet h2')?.innerText === 'job'")
+        self.seen("document.querySelector('dd.waits')?.innerText.includes('no worker runs')")
+        with Queue(self.db) as queue:
+            queue.edit("job", max_retries=1)
+        self.workers(1)
+        meeting.arrived()
+        self.seen("document.querySelector('#output')?.innerText.trim() === 'before'")
+        self.seen("document.querySelector('#workers code')?.innerText === 'job'")
+        self.seen("document.querySelector('#states .processing b').innerText === '1'")
+        meeting.let_go()
+        self.seen("document.querySelector('#output')?.innerText.trim() === 'before\\nafter'")
+        self.seen("document.querySelector('dd.error')?.innerText === 'exit code 3: after'")
+        self.seen("document.querySelectorAll('#chart rect.failed').length === 1")
+        self.browser.key("Escape")
+        self.seen("document.querySelector('#sheet').hidden")
+        self.add("other", "true", delay=999)
+        self.seen("document.querySelectorAll('#jobs a').length === 2")
+        self.click("#states .dead")
+        self.seen("document.querySelectorAll('#jobs a').length === 1")
+        self.assertIn("job", self.text("#jobs code")[0])
+        self.click("#jobs a")
+        self.click("#sheet [data-act=edit]")
+        self.browser.js("document.querySelector('[name=command]').value = 'echo again'")
+        self.click("dialog .main")
+        self.seen("document.querySelector('#sheet pre').innerText === 'echo again'")
+        self.click("#sheet [data-act=retry]")
+        self.seen("document.querySelector('#sheet .row .state').innerText === 'completed'")
+        self.seen("document.querySelector('#output').innerText.trim() === 'again'")
+        self.assertEqual(len(self.text(".run")), 2)
+        self.click(".run[data-key='1']")
+        self.seen("document.querySelector('#output').innerText.includes('before')")
+        self.done()
+
+    def test_what_is_done_to_queues_and_jobs(self):
+        self.add("a", "true", queue="mail")
+        self.visit()
+        self.click("#queues [data-act=pause]")
+        self.seen("document.querySelector('#queues').innerText.includes('paused')")
+        self.click("#switch [data-act=pause]")
+        self.seen("document.querySelector('.warn')?.innerText.includes('all queues are paused')")
+        self.click("#switch [data-act=resume]")
+        self.click("#queues [data-act=resume]")
+        self.click("#queues [data-act=limit]")
+        self.browser.js("document.querySelector('[name=number]').value = 'many'")
+        self.click("dialog .main")  # is refused, and says why
+        self.seen("document.querySelector('#refused')?.innerText.includes('not a number')")
+        self.browser.js("document.querySelector('[name=number]').value = '2'")
+        self.click("dialog .main")
+        self.seen("document.querySelector('#queues').innerText.includes('limit 2')")
+        self.click("#queues [data-act=limit]")
+        self.browser.js("document.querySelector('[name=number]').value = ''")
+        self.click("dialog .main")
+        self.seen("!document.querySelector('#queues').innerText.includes('limit 2')")
+        with Queue(self.db) as queue:
+            self.assertEqual((queue.limits(), queue.paused()), ({}, []))
+            self.click("#jobs a")
+            self.click("#sheet [data-act=cancel]")
+            self.click("dialog [data-act=back]")  # it asks
+            self.assertEqual(queue.get("a").state, "pending")
+            self.click("#sheet [data-act=cancel]")
+            self.click("dialog .main")
+            self.seen("document.querySelector('#sheet .row .state').innerText === 'cancelled'")
+            queue.enqueue("false", id="b", max_retries=1)
+            self.run_next(queue, "failed")
+            self.assertEqual(queue.get("b").state, "dead")
+            self.browser.js("location.hash = '#job=b&state=dead'")
+            self.click("#sheet [data-act=purge]")
+            self.click("dialog .main")
+            self.seen("!document.querySelector('#jobs a')")
+            self.refuses("there is no job", queue.get, "b")
+        self.done()
+
+    def test_place_and_focus_stay(self):
+        """While the list grows above: the row that has the focus, the search, the scrolling."""
+        with Queue(self.db) as queue:
+            queue.enqueue_many([{"command": "echo %d" % n, "id": "j%02d" % n} for n in range(70)])
+            self.visit()
+            self.seen("document.querySelectorAll('#jobs a').length === 50")
+            self.click("#pages a")
+            self.seen("document.querySelectorAll('#jobs a').length === 20")
+            self.click("#pages a")
+            self.seen("document.querySelectorAll('#jobs a').length === 50")
+            self.browser.js("document.querySelectorAll('#jobs a')[5].focus()")
+            self.browser.js("document.querySelector('main').scrollTop = 40")
+            queue.enqueue("true", id="new")
+            self.seen("document.querySelector('#jobs code').innerText === 'new'")
+            self.assertIn("j64", self.browser.js("document.activeElement.innerText"))
+            self.browser.key("Enter")
+            self.seen("document.querySelector('#sheet h2')?.innerText === 'j64'")
+            self.assertEqual(self.browser.js("document.activeElement.id"), "sheet")
+            self.browser.key("Escape")
+            self.seen("document.querySelector('#sheet').hidden")
+            self.browser.key("/")
+            self.assertEqual(self.browser.js("document.activeElement.id"), "word")
+            for letter in "echo 7":
+                self.browser.key(letter)
+            self.seen("document.querySelectorAll('#jobs a').length === 1")
+            queue.enqueue("echo 77")
+            self.seen("document.querySelectorAll('#jobs a').length === 2")
+            self.assertEqual(self.browser.js("document.activeElement.value"), "echo 7")
+        self.done()
+
+    def test_text_from_jobs_is_only_text(self):
+        queue = self.queue()
+        for number, text in enumerate(self.XSS):
+            word = re.sub(r"\s", "", text)
+            queue.enqueue(text, id=word, queue=word, max_retries=1,
+                          env={text.replace("=", ""): text})
+            self.settle(queue, self.claim(queue), "failed", error=text, output=text.encode())
+        self.visit()
+        self.seen("document.querySelectorAll('#jobs a').length === 4")
+        for text in self.XSS:
+            word = re.sub(r"\s", "", text)
+            self.browser.js("location.hash = '#' + new URLSearchParams({job: %s, queue: %s})"
+                            % (json.dumps(word), json.dumps(word)))
+            self.seen("document.querySelector('#sheet h2')?.innerText === %s" % json.dumps(word))
+            self.seen("document.querySelector('#output')?.innerText.trim() === %s"
+                      % json.dumps(text))
+            self.seen("document.querySelector('#queues a')")
+        self.assertNotIn("owned", self.browser.js("document.title"))
+        self.assertEqual(self.browser.js(
+            "document.querySelectorAll('img, script, #sheet svg').length"), 1)
+        # And if it were, it would not run.
+        self.assertIn("refused", self.browser.js(
+            "try { document.body.innerHTML = '<b>x</b>'; 'done' } catch (error) { 'refused' }"))
+
+    def test_it_fits(self):
+        """Nothing is wider than a telephone; on a desk nothing has to be scrolled to."""
+        with Queue(self.db) as queue:
+            queue.enqueue_many([{"command": "echo " + "long " * 50, "queue": "q%d" % (n % 9),
+                                 "id": "x" * 200 + str(n)} for n in range(70)])
+        self.visit()
+        for width, height in ((360, 740), (1280, 800)):
+            self.browser.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                              deviceScaleFactor=1, mobile=width < 500)
+            for place in ("", "#job=" + "x" * 200 + "1"):
+                self.browser.js("location.hash = %r" % place)
+                self.seen("document.querySelector('#sheet').hidden === %s" % json.dumps(not place))
+                self.assertLessEqual(self.browser.js("document.documentElement.scrollWidth"), width)
+        self.assertLessEqual(self.browser.js("document.documentElement.scrollHeight"), 800)
+        self.done()
+
+
 class Recipes(Everyday):
     """The README: its recipes do what they say, in an empty home, and its transcripts are right."""
 
