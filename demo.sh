@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole life of jobs, shown in less than 30 seconds. It uses a folder and a database of
+# The whole life of jobs, shown in about twenty seconds. It uses a folder and a database of
 # its own, touches no other queue, and leaves nothing behind.
 set -eu
 
@@ -84,6 +84,14 @@ run enqueue --id normal true
 run enqueue --id urgent --priority 10 true
 run worker start --drain
 
+say "A job per line. Why they wait is told; one deploy at a time, whatever the number of workers."
+run pause deploy
+printf '%s\n' "\$ printf 'echo one\necho two\n' | queuectl enqueue --queue deploy --lines -"
+printf 'echo one\necho two\n' | queuectl enqueue --queue deploy --lines -
+run resume deploy
+run limit deploy 1
+run worker start --count 2 --drain
+
 say "A timeout ends the whole process group of a job."
 run enqueue --id slow --timeout 1s --max-retries 1 'sleep 60'
 run worker start --drain
@@ -91,7 +99,7 @@ expect slow dead
 
 say "Two workers in the background. A delayed job runs when its time has come."
 run worker start --count 2 --detach
-run enqueue --id later --delay 2s 'echo "now it is time"'
+run enqueue --id later --delay 1s 'echo "now it is time"'
 run list --state scheduled
 run wait later
 run logs later

@@ -1970,15 +1970,30 @@ IDS_LIKE = """
                    WHERE id BETWEEN :low AND :high LIMIT 200)
     UNION SELECT * FROM (SELECT id FROM jobs WHERE id BETWEEN :low AND :high LIMIT 200)"""
 STANDING_BEFORE = """
-    SELECT count(*) FROM jobs WHERE hold = 0 AND queue = :queue
-        AND (priority > :priority OR priority = :priority AND seq < :seq)"""
+    SELECT (SELECT count(*) FROM jobs WHERE hold = 0 AND queue = :queue AND priority > :priority)
+        + (SELECT count(*) FROM jobs WHERE hold = 0 AND queue = :queue AND priority = :priority
+           AND seq < :seq)"""
 RUNNING_IN = """
     SELECT id FROM runs JOIN jobs ON seq = job WHERE outcome IS NULL AND queue = :queue
     ORDER BY runs.run"""
+# Jobs of one queue and priority stand in the order of seq: a few seeks for each of these.
 OLDEST_READY = """
-    SELECT updated_at, run_after FROM jobs WHERE seq =
-        (SELECT min(+seq) FROM jobs WHERE hold = 0 AND queue NOT IN (%s)
-         AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused))""" % HELD
+    WITH RECURSIVE ready(queue) AS (
+        SELECT min(queue) FROM jobs WHERE hold = 0
+        UNION ALL
+        SELECT (SELECT min(queue) FROM jobs WHERE hold = 0 AND queue > ready.queue)
+        FROM ready WHERE ready.queue IS NOT NULL),
+    heads(queue, priority) AS (
+        SELECT queue, (SELECT max(priority) FROM jobs WHERE hold = 0 AND jobs.queue = ready.queue)
+        FROM ready WHERE queue NOT IN (%s)
+            AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused)
+        UNION ALL
+        SELECT queue, (SELECT max(priority) FROM jobs WHERE hold = 0 AND jobs.queue = heads.queue
+                       AND jobs.priority < heads.priority)
+        FROM heads WHERE priority IS NOT NULL)
+    SELECT updated_at, run_after FROM jobs WHERE seq = (
+        SELECT min((SELECT min(seq) FROM jobs WHERE hold = 0 AND jobs.queue = heads.queue
+                    AND jobs.priority = heads.priority)) FROM heads)""" % HELD
 TOUCH = "PRAGMA application_id = %d" % APPLICATION_ID  # writes (an UPDATE to the same would not)
 SELECT_IDENTITY = "SELECT value FROM config WHERE key = 'database_id'"
 SELECT_WORKERS = """
@@ -4457,7 +4472,7 @@ def say(text: str) -> None:
     """A note for people: on stderr, so that stdout carries data only. Where nobody can get it,
     what it is about stays as it is."""
     with contextlib.suppress(OSError):
-        print("queuectl: " + printable(text), file=sys.stderr)
+        print("queuectl: " + printable(text), file=sys.stderr, flush=True)
 
 
 def counted(number: int, noun: str) -> str:
@@ -4708,21 +4723,20 @@ def prometheus(queues: Mapping[str, Mapping[str, int]], held: set[str],
 # has to name this machine as its Host (as none does from a name that somebody has rebound) and
 # to bring the cookie that is given for the ticket in the printed URL, which serves once; what
 # acts also needs a header that a page from elsewhere cannot send. Text from jobs travels as JSON
-# and becomes text nodes: the Content-Security-Policy knows one script by its hash, and forbids
-# to make HTML of a string.
+# and becomes text nodes: the Content-Security-Policy knows one script, by a nonce, and forbids to
+# make HTML of a string.
 #
 # The main thread watches: it asks PRAGMA data_version, and whether supervisors live; where that
 # says something new and somebody looks on, it gathers the status, and streams it to all open tabs
 # (/events), which then ask for what else they show. Each request has a thread and a Queue.
 
-QUEUES_SHOWN = 100  # those with most to do
-RUNS_SHOWN = 50
-FACTS = ("waiting", "rate", "duration", "workers")  # lines of `status` for which no place is better
-COMMAND_SHOWN = 300  # characters of it in a list
-OUTPUT_SHOWN = 1 << 18  # bytes of a run's output, from its end
-LOOK = 0.5  # seconds between two looks
-BEAT = 15.0  # seconds after which a silent stream finds out whether somebody reads it
-REQUEST_TIME = 20.0  # seconds for a client to come up with its request
+# At most: queues, those with most to do; a job's last runs; characters of a command in a list;
+# bytes of a run's output, from its end.
+QUEUES_SHOWN, RUNS_SHOWN, COMMAND_SHOWN, OUTPUT_SHOWN = 100, 50, 300, 1 << 18
+FACTS = ("waiting", "rate", "duration", "workers", "no worker")  # lines of `status`
+# Seconds between two looks; after which a silent stream finds out whether somebody reads it; and
+# for a client to come up with its request.
+LOOK, BEAT, REQUEST_TIME = 0.5, 15.0, 20.0
 CONNECTIONS = 100  # without a request yet; for one more, the oldest has to go
 BODY_LIMIT = 1 << 20  # bytes; a command has less than 128 KiB
 
@@ -4730,7 +4744,7 @@ PAGE_HTML = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>queuectl</title>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 5 5'>
  <path d='M0 0h5v1H0zm0 2h4v1H0zm0 2h3v1H0z' fill='%231a8f6f'/></svg>">
-<style>{style}</style>
+<style nonce="{nonce}">{style}</style>
 <header><h1>queuectl</h1><p id="database" class="cut mute"></p><p id="link" role="status"></p>
   <span id="switch"></span><button data-act="enqueue" class="main">Enqueue…</button></header>
 <p id="verdict" role="status"></p><nav id="states" aria-label="Jobs by state"></nav>
@@ -4743,7 +4757,7 @@ PAGE_HTML = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <aside id="side"><h2>Queues</h2><ul id="queues"></ul><h2>Workers</h2><ul id="workers"></ul></aside>
 <aside id="sheet" aria-label="Job" tabindex="-1" hidden></aside><dialog id="dialog"></dialog>
 <p id="notice" role="alert" hidden></p>
-<script>{script}</script>
+<script nonce="{nonce}">{script}</script>
 """
 PAGE_STYLE = r"""
 :root { color-scheme: light dark; --back: #f3f4f6; --panel: #fff; --line: #dcdfe4; --text: #1b212a;
@@ -4950,7 +4964,7 @@ function showSheet() {
     run: ""})), el("div row", ended && act("retry", {id}), (ended || waits) && act("edit", {id}),
   view === "dead" && act("purge", {id}), (waits || view === "processing") && act("cancel", {id})),
   el("pre", job.command), el("dl", job.facts.map(([name, text]) => [el("dt", name), el("dd " + name,
-    name === "error" ? text : text.replace(/ \((in \w+|\w+ ago)\)/g, ""))])),
+    name === "error" ? text : text.replace(/ \((in [\w.]+|[\w.]+ ago)\)/g, ""))])),
   [...job.runs].reverse().map(each => link("run", [el("b", each.number), state(each.outcome ||
     "processing"), time(each.started_at), el("span", age((each.finished_at ?
     epoch(each.finished_at) : clock()) - epoch(each.started_at))), el("span cut mute", each.error)],
@@ -5031,12 +5045,14 @@ history.replaceState(null, "", location.pathname + location.hash);
 setInterval(() => status && showChart(), 60000);
 listen(); tick();
 """
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src "
+    "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types")
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'sha256-%s'; script-src 'sha256-%s'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors "
-    "'none'; require-trusted-types-for 'script'; trusted-types", "Connection": "close",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'", "Connection": "close",
     "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Content-Type": ""}
+    "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 def page_status(queue: Queue) -> dict[str, Any]:
@@ -5086,28 +5102,27 @@ def page_job(queue: Queue, asked: Mapping[str, str]) -> dict[str, Any]:
 
 
 def act_cancel(queue: Queue, body: dict[str, Any]) -> None:
-    queue.cancel([body["id"]])
+    queue.cancel([str(body["id"])])
     Rescuer().finish(queue, lambda text: None)  # its worker may be dead
 
 
 # What a tab may ask for, by what stands behind the ?, and what it may have done, by the JSON in
-# `body`, of which these three have been parsed.
-PAGE_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "id": parse_name, "queue": parse_queue, "number": parse_integer(1, 2 ** 31)}
+# `body`. What Queue does not look at itself is looked at here.
 PAGE_LOOKS: dict[str, Callable[[Queue, Mapping[str, str]], Any]] = {
     "/jobs": page_jobs, "/job": page_job}
 PAGE_ACTS: dict[str, Callable[[Queue, dict[str, Any]], Any]] = {
     "/enqueue": lambda queue, body: queue.enqueue_many([body])[0],
-    "/edit": lambda queue, body: queue.edit(body.pop("id"), **{
+    "/edit": lambda queue, body: queue.edit(str(body.pop("id")), **{
         name: body[name] for name in FIELDS if name in body}),
     "/cancel": act_cancel,
     "/cancel-all": lambda queue, body: queue.cancel_all(body["queue"]),
-    "/retry": lambda queue, body: queue.retry([body["id"]]),
+    "/retry": lambda queue, body: queue.retry([str(body["id"])]),
     "/retry-all": lambda queue, body: queue.retry_all(body["queue"]),
-    "/purge": lambda queue, body: queue.purge([body["id"]]),
+    "/purge": lambda queue, body: queue.purge([str(body["id"])]),
     "/pause": lambda queue, body: queue.pause(body["queue"]),
     "/resume": lambda queue, body: queue.resume(body["queue"]),
-    "/limit": lambda queue, body: queue.limit(body["queue"], body["number"]),
+    "/limit": lambda queue, body: queue.limit(body["queue"], None if body["number"] is None else
+                                              parse_integer(1, 2 ** 31)(body["number"])),
 }
 
 
@@ -5162,33 +5177,20 @@ class Refusal(Exception):
 def serve_page(database: Queue, port: int, show: Callable[[str], None],
                note: Callable[[str], None]) -> NoReturn:
     """Serve the page until interrupted; `show` gets its URL. QueueError."""
-    import base64
-    import hashlib
-    import hmac
     import http.server
-    import re
     import secrets
     import socket
     import socketserver
     import threading
     import urllib.parse
     watch, cookie, ticket = Watch(), secrets.token_urlsafe(), secrets.token_urlsafe()
-    html = PAGE_HTML.replace("{style}", PAGE_STYLE).replace("{script}", PAGE_SCRIPT)
-    policy = PAGE_HEADERS["Content-Security-Policy"] % tuple(
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (PAGE_STYLE, PAGE_SCRIPT))
     silent: dict[socket.socket, float] = {}  # connections without a request, and since when
 
     def url() -> str:
         return "http://127.0.0.1:%d/?ticket=%s" % (server.server_address[1], ticket)
 
     def same(text: str, secret: str) -> bool:
-        return hmac.compare_digest(text.encode(), secret.encode())
-
-    def hang_up(connection: socket.socket) -> None:
-        silent.pop(connection, None)
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
+        return secrets.compare_digest(text.encode(), secret.encode())
 
     class Handler(http.server.BaseHTTPRequestHandler):
         server_version, sys_version, default_request_version = "queuectl", "", "HTTP/1.0"
@@ -5197,13 +5199,16 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
         def do_GET(self) -> None:
             try:
                 where = urllib.parse.urlsplit(self.path)
-                path = where.path
-                asked = dict(urllib.parse.parse_qsl(where.query, max_num_fields=20))
+                path, asked = where.path, dict(urllib.parse.parse_qsl(where.query))
                 headers = self.admit(path, asked)
                 body = self.body() if path in PAGE_ACTS else {}
                 silent.pop(self.connection, None)
                 if path == "/":
-                    self.answer(200, "text/html", [html.encode()], headers)
+                    page = PAGE_HTML.replace("{style}", PAGE_STYLE).replace("{script}", PAGE_SCRIPT)
+                    nonce = secrets.token_urlsafe()
+                    headers["Content-Security-Policy"] = PAGE_POLICY.replace("{nonce}", nonce)
+                    page = page.replace("{nonce}", nonce)
+                    self.answer(200, "text/html", [page.encode()], headers)
                 elif path == "/events":
                     self.answer(200, "text/event-stream", watch.events())
                 else:
@@ -5215,7 +5220,7 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
                 self.send_error(*refusal.args)
             except KeyError as error:
                 self.send_error(400, "%s is missing" % error)
-            except (QueueError, ValueError) as error:
+            except (QueueError, ValueError, RecursionError) as error:
                 self.send_error(503 if isinstance(error, DatabaseUnavailable) else 400, str(error))
 
         do_POST = do_GET
@@ -5223,30 +5228,26 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
         def admit(self, path: str, asked: Mapping[str, str]) -> dict[str, str]:
             """Refuse a request that should not be. Returns the cookie for who has the ticket."""
             nonlocal ticket
-            host = ",".join(self.headers.get_all("Host", []))
-            name = "queuectl-%d" % server.server_address[1]
-            if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host) \
+            host, acts = ",".join(self.headers.get_all("Host", [])), path in PAGE_ACTS
+            name, _, port = host.partition(":")  # any port: ssh -L has one of its own
+            if name not in ("127.0.0.1", "localhost") or not (port or "0").isdecimal() \
                     or self.headers.get("Origin") not in (None, "http://" + host):
                 raise Refusal(403, "only pages from here may ask, and only for this host")
+            name = "queuectl-%d" % server.server_address[1]
             with watch.news:  # or two might have it
                 if path == "/" and same(asked.get("ticket", ""), ticket):
                     ticket = secrets.token_urlsafe()
                     note("this URL has been opened; for another browser: " + url())
-                    return {"Set-Cookie": "%s=%s; HttpOnly; SameSite=Strict; Path=/"
-                            % (name, cookie)}
+                    return {"Set-Cookie": name + "=%s; HttpOnly; SameSite=Strict; Path=/" % cookie}
             cookies = dict(pair.strip().partition("=")[::2]
                            for pair in self.headers.get("Cookie", "").split(";"))
-            acts, known = path in PAGE_ACTS, path in ("/", "/events", *PAGE_LOOKS, *PAGE_ACTS)
-            for refused, status, text in (
-                    (not same(cookies.get(name, ""), cookie), 403,
-                     "open the URL that `web` has printed last"),
-                    (not known, 404, "there is no such page"),
-                    (self.command != ("POST" if acts else "GET"), 405, "this takes another method"),
-                    (acts and self.headers.get("X-Queuectl") != "1", 403,
-                     "the header X-Queuectl is missing"),
-                    (acts and "Content-Length" not in self.headers, 411,
-                     "a body needs a Content-Length")):
-                if refused:
+            for fine, status, text in (
+                    (same(cookies.get(name, ""), cookie), 403, "open the URL printed last"),
+                    (acts or path in ("/", "/events", *PAGE_LOOKS), 404, "there is no such page"),
+                    (self.command == ("POST" if acts else "GET"), 405, "use another method"),
+                    (not acts or self.headers.get("X-Queuectl") == "1", 403, "no X-Queuectl"),
+                    (not acts or "Content-Length" in self.headers, 411, "no Content-Length")):
+                if not fine:
                     raise Refusal(status, text)
             return {}
 
@@ -5254,18 +5255,16 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
             length = parse_integer(0, 1 << 59)(self.headers["Content-Length"])
             if length > BODY_LIMIT:
                 raise Refusal(413, "more than %d bytes" % BODY_LIMIT)
-            try:
-                body = dict(json.loads(self.rfile.read(length)))
-            except (TypeError, RecursionError):
-                raise Refusal(400, "this is no JSON object") from None
-            return {**body, **{name: parse(body[name]) for name, parse in PAGE_FIELDS.items()
-                               if body.get(name) is not None}}
+            body = json.loads(self.rfile.read(length))
+            if not isinstance(body, dict):
+                raise Refusal(400, "this is no JSON object")
+            return body
 
         def answer(self, status: int, kind: str, content: Iterable[bytes],
                    more: Mapping[str, str] = {}) -> None:
             self.send_response(status)
-            for header in {**PAGE_HEADERS, "Content-Security-Policy": policy, **more,
-                           "Content-Type": kind + "; charset=utf-8"}.items():
+            kind += "; charset=utf-8"
+            for header in {**PAGE_HEADERS, "Content-Type": kind, **more}.items():
                 self.send_header(*header)
             self.end_headers()
             for piece in content:
@@ -5284,17 +5283,17 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
         allow_reuse_address = os.name == "posix"  # on Windows it would mean to share the port
         server_bind = socketserver.TCPServer.server_bind  # HTTPServer's asks for its own name
 
-        def get_request(self) -> tuple[socket.socket, Any]:
-            connection, address = super().get_request()
-            silent[connection] = time.monotonic()
-            for oldest in list(silent)[:-CONNECTIONS]:
-                hang_up(oldest)
-            return connection, address
-
         def service_actions(self) -> None:
-            for connection, since in list(silent.items()):
-                if time.monotonic() > since + REQUEST_TIME:
-                    hang_up(connection)
+            for connection in list(silent)[:-CONNECTIONS] + [
+                    each for each, since in list(silent.items())
+                    if time.monotonic() > since + REQUEST_TIME]:
+                silent.pop(connection, None)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            silent[request] = time.monotonic()
+            super().process_request(request, client_address)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             if not isinstance(sys.exc_info()[1], OSError):  # which is how a client goes
@@ -5305,7 +5304,7 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
     except OSError as error:
         raise QueueError("cannot listen on 127.0.0.1:%d: %s; name another --port, or none"
                          % (port, error.strerror)) from None
-    threading.Thread(target=server.serve_forever, args=(LOOK,), daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(2 * LOOK,), daemon=True).start()
     show(url())
     watch.run(database)
 

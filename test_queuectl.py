@@ -14,7 +14,6 @@ import collections
 import contextlib
 import ctypes
 import errno
-import hashlib
 import io
 import itertools
 import json
@@ -1051,6 +1050,7 @@ class Schema(StorageCase):
         self.assertLessEqual(len(partial), 5)
         ready, waiting, ended, key = "jobs_ready", "jobs_waiting", "jobs_ended", "PRIMARY KEY"
         in_order = r"INTEGER PRIMARY KEY \(rowid>\?\)"  # page by page, or what is new
+        backwards = r"INTEGER PRIMARY KEY \((rowid>\? AND )?rowid<\?\)"  # as far as a limit goes
         for name, action, indexes, allowed in [
             ("claim", lambda: self.claim(queue), {ready, waiting, key}, None),
             ("claim of any", lambda: self.claim(every), {"jobs_next", waiting, key}, None),
@@ -1077,6 +1077,12 @@ class Schema(StorageCase):
             ("wait", queue.wait_for_all, {ended}, None),
             ("progress", lambda: queue.progress(100, None), {waiting, ended}, None),
             ("list", queue.jobs, {key}, in_order),
+            ("newest", queue.newest, {key}, backwards),
+            ("newest dead", lambda: queue.newest("dead"), {ended, key}, backwards),
+            ("newest of a queue", lambda: queue.newest(queue="other"), {ready, waiting, ended},
+             backwards),
+            ("newest with a word", lambda: queue.newest(word="nothing"), {"(id=?"}, backwards),
+            ("standing before", lambda: queue.standing_before(queue.get("j20")), {ready}, None),
             ("prune", lambda: queue.prune(queuectl.ENDED), {key}, in_order),
         ] + [("list " + state, lambda state=state: queue.jobs(state), set() if
               state == "processing" else {ended if state in queuectl.ENDED else waiting}, in_order)
@@ -1546,6 +1552,59 @@ class Storage(StorageCase):
             self.assertEqual(queue.next_due(), due)
         clock.now += 1
         self.assertEqual(self.claim(queue).id, "a")
+
+    def test_the_newest_jobs_page_by_page(self):
+        """As a plain filter finds them, however few rows a look may take in, and however many
+        members make a set rare."""
+        queue = self.queue()
+        queue.set_setting("backoff_base", 1000)
+        for number in range(60):
+            queue.enqueue("echo %d%% of_it" % number, id="j%02d" % number,
+                          queue=("default", "mail")[number % 7 == 0],
+                          delay=9999 if number % 11 == 0 else None)
+        for outcome in ["completed", "failed"] * 5:
+            self.run_next(queue, outcome)
+        queue.cancel(["j30", "j31"])
+        queue.enqueue("true", id="b", after=["j40"])
+        self.claim(queue)
+        queue.prune(["completed"], 0, "mail")
+        jobs = list(queue.jobs())[::-1]
+        for span, rare in ((7, 0), (7, 5000), (20000, 0), (20000, 5000)):
+            for state, name, word in itertools.product(
+                    (None, *queuectl.STATES, *queuectl.VIEWS), (None, "mail", "nobody"),
+                    ("", "J3", "5% OF", "_", "%", "!", "nothing")):
+                found, before, looks = [], None, 0
+                with mock.patch.multiple(queuectl, SPAN=span, RARE=rare):
+                    while looks == 0 or before is not None:
+                        page, before = queue.newest(state, name, word, before, 10)
+                        found += page
+                        looks += 1
+                        self.assertLessEqual(len(page), 10)
+                self.assertEqual(self.ids(found), [
+                    job.id for job in jobs if state in (None, job.state, job.view)
+                    and name in (None, job.queue) and (word.lower() in job.id or
+                                                       word.lower() in job.command.lower())],
+                    (span, rare, state, name, word))
+        with mock.patch.object(queuectl, "SPAN", 7):  # an old job by its id, at once
+            self.assertEqual(self.ids(queue.newest(word="j01")[0]), ["j01"])
+        self.refuses("there is no state", queue.newest, "odd")
+
+    def test_the_oldest_ready_job(self):
+        """Of any queue and priority, but for those whose queue is held."""
+        queue, clock = self.queue(), self.clock()
+        self.assertIsNone(queue.oldest_ready())
+        for number, (name, priority) in enumerate([("a", 0), ("b", 5), ("a", 9), ("c", -1)]):
+            clock.now = 1800000000 + number
+            queue.enqueue("true", queue=name, priority=priority)
+        self.assertEqual(queue.oldest_ready(), 1800000000)
+        queue.pause("a")
+        self.assertEqual(queue.oldest_ready(), 1800000001)
+        queue.enqueue("true", queue="b")
+        queue.limit("b", 1)
+        self.assertEqual(self.claim(queue).queue, "b")
+        self.assertEqual(queue.oldest_ready(), 1800000003)
+        queue.pause()
+        self.assertIsNone(queue.oldest_ready())
 
 
 class ModelTest(StorageCase):
@@ -2022,12 +2081,15 @@ class ModelTest(StorageCase):
         states = self.random.choice([["completed"], ["dead"], list(queuectl.ENDED)])
         age = self.random.choice([0, 10, 1000])
         before = queuectl.iso(self.time.now - age)
-        waited_for = {need for job in self.jobs.values() if job["unmet"] for need in job["after"]}
-        gone = [id for id, job in self.jobs.items() if job["state"] in states
-                and job["updated"] <= before
-                and (job["state"] == "completed" or id not in waited_for)]
+        batch, gone = self.random.choice([2, 200]), []
+        rows = list(self.jobs.items())
+        for first in range(0, len(rows), batch):  # who waited, but is gone now, waits no more
+            waited_for = {need for id, job in rows if job["unmet"] and id not in gone
+                          for need in job["after"]}
+            gone += [id for id, job in rows[first:first + batch] if job["state"] in states
+                     and job["updated"] <= before
+                     and (job["state"] == "completed" or id not in waited_for)]
         self.log("prune %s older than %s: %s", states, age, gone)
-        batch = self.random.choice([2, 200])
         find = queuectl.FIND_PRUNABLE.replace(str(queuectl.PRUNE_BATCH), str(batch))
         with mock.patch.multiple(queuectl, PRUNE_BATCH=batch, FIND_PRUNABLE=find):
             self.assertEqual(self.any_queue().prune(states, age), len(gone))
@@ -8408,8 +8470,8 @@ class WebCase(Everyday):
 
     def serve(self, *words, **constants):
         """Start `web`, with other values of the room's constants."""
-        code = "import sys; sys.path.insert(0, %r); import queuectl; queuectl.__dict__.update(%r);" \
-            " sys.exit(queuectl.main(sys.argv[1:]))" % (HERE, constants)
+        code = "import sys; sys.path.insert(0, %r); import queuectl; vars(queuectl).update(%r); " \
+            "sys.exit(queuectl.main(sys.argv[1:]))" % (HERE, constants)
         log = self.path("web-%d" % len(self.processes))
         with open(log, "wb") as errors:
             process = subprocess.Popen(
@@ -8486,13 +8548,15 @@ class Web(WebCase):
         self.ticket = re.search(r"ticket=(\S+)", line).group(1)
         self.open()  # in another browser
         self.assertEqual(self.cookie, cookie)
-        # One script and one style, known by their hashes; nothing from elsewhere.
+        # One script and one style, known by a nonce that serves once; nothing from elsewhere.
         policy = headers["Content-Security-Policy"]
+        nonce = re.search(r"'nonce-([\w-]{40,})'", policy).group(1)
+        self.assertNotIn(nonce, self.request("GET", "/")[1]["Content-Security-Policy"])
         for kind in ("script", "style"):
-            inside = re.findall(r"<%s>(.*?)</%s>" % (kind, kind), page, re.S)
-            self.assertEqual(len(inside), 1)
-            self.assertIn("%s-src 'sha256-%s'" % (kind, base64.b64encode(
-                hashlib.sha256(inside[0].encode()).digest()).decode()), policy)
+            self.assertEqual(re.findall("<%s[^>]*>" % kind, page),
+                             ['<%s nonce="%s">' % (kind, nonce)])
+            self.assertIn("%s-src 'nonce-%s';" % (kind, nonce), policy)
+        self.assertNotIn("{", page.partition("<style")[0] + page.rpartition("</script>")[2])
         for word in ("default-src 'none'", "frame-ancestors 'none'", "form-action 'none'",
                      "base-uri 'none'", "require-trusted-types-for 'script'"):
             self.assertIn(word, policy)
@@ -8572,7 +8636,6 @@ class Web(WebCase):
                 (400, "GET", "/jobs?state=odd", None, {}),
                 (400, "GET", "/jobs?before=-1", None, {}),
                 (400, "GET", "/jobs?before=1e99", None, {}),
-                (400, "GET", "/jobs?" + "&".join("a%d=1" % n for n in range(99)), None, {}),
                 (400, "GET", "http://[/", None, {}), (414, "GET", "/" + "a" * 70000, None, {}),
                 (431, "GET", "/", None, {"h%d" % number: "x" for number in range(200)})):
             with self.subTest(method + " " + path[:40], body=body and body[:40], **headers if

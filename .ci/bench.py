@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import hashlib
+import http.client
 import importlib.util
 import json
 import os
@@ -724,6 +726,82 @@ def proc_kb(pid: int, key: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(key))
 
 
+# -- the page -----------------------------------------------------------------------------
+
+class Tab:
+    """What a browser asks of a running `web`."""
+
+    def __init__(self, lab: Lab, db: str) -> None:
+        self.process = lab.start(lab.command(db, "web"), stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        url = self.process.stdout.readline().decode().strip()
+        self.port = int(url.split(":")[2].split("/")[0])
+        self.cookie = ""
+        response = self.ask("/" + url.rpartition("/")[2])
+        self.cookie = (response.getheader("Set-Cookie") or "").partition(";")[0]
+
+    def ask(self, path: str) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection.request("GET", path, headers={"Cookie": self.cookie})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise Broken("%s: %d %r" % (path, response.status, response.read()))
+        return response
+
+    def first_byte(self, path: str) -> float:
+        start = time.perf_counter()
+        with self.ask(path) as response:
+            response.read(1)
+            return time.perf_counter() - start
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def cpu(self) -> float:
+        """CPU seconds of all its threads."""
+        found = 0.0
+        for name in glob.glob("/proc/%d/task/*/schedstat" % self.process.pid):
+            with open(name) as file:
+                found += int(file.read().split()[0]) / 1e9
+        return found
+
+
+def page(lab: Lab) -> Iterator[Row]:
+    """`web`: the first byte of each page with very many jobs, and an open tab where nothing is."""
+    db = lab.once("%s ready rows" % size(lab), build_ready)[0]
+    tab = Tab(lab, db)
+
+    def look(path: str) -> float:
+        if path != "/events":
+            return tab.first_byte(path)
+        new = Tab(lab, db)  # the other one may know the answer already
+        try:
+            return new.first_byte(path)
+        finally:
+            new.close()
+
+    try:
+        paths = ("/", "/events", "/jobs", "/jobs?before=%d" % (lab.sizes.big // 2),
+                 "/jobs?state=pending", "/jobs?state=dead", "/jobs?queue=default",
+                 "/jobs?queue=nobody", "/jobs?word=nothing+like+it", "/job?id=r7",
+                 "/job?id=r%d" % (lab.sizes.big - 1))
+        found = in_turn({path: partial(look, path) for path in paths}, 5)
+        for path in paths:
+            yield Row("web, %s jobs: first byte of %s" % (size(lab), path), below(0.2, "s"),
+                      statistics.median(found[path]), "s", "longest %.3f" % max(found[path]))
+        with tab.ask("/events") as stream:
+            stream.read(1)
+            time.sleep(2)
+            begin, before = time.perf_counter(), tab.cpu()
+            time.sleep(2 * lab.sizes.idle_seconds)
+            share = 100 * (tab.cpu() - before) / (time.perf_counter() - begin)
+        yield Row("web with an open tab where nothing changes: CPU", below(0.1, "%"), share, "%",
+                  "of one core, over %.0f s" % (2 * lab.sizes.idle_seconds))
+    finally:
+        tab.close()
+
+
 # -- processes of our own -----------------------------------------------------------------
 
 def writer_main(kind: str, program: str, db: str, begin: str, end: str) -> None:
@@ -756,7 +834,7 @@ def writer_main(kind: str, program: str, db: str, begin: str, end: str) -> None:
 MEASURES: Dict[str, Callable[[Lab], Iterator[Row]]] = {
     "drain": drain, "bulk": bulk, "ready": ready, "mixed": mixed, "scaling": scaling,
     "enqueue": enqueue, "start": start, "busy": busy, "writers": writers, "idle": idle,
-    "big-looks": big_looks,
+    "big-looks": big_looks, "page": page,
 }
 
 
