@@ -3001,16 +3001,15 @@ class Process(Case):
     """What tests of processes need besides."""
 
     def freeze(self, pid):
-        """Stop a process with SIGSTOP, but not while it holds the writer lock."""
+        """Stop a process with SIGSTOP, but not while it writes or reads the database: others
+        would wait for it."""
         def free():
             os.kill(pid, signal.SIGSTOP)
-            try:
-                with contextlib.closing(sqlite3.connect(self.db, timeout=0.5)) as look:
-                    look.execute("BEGIN IMMEDIATE")
-                return True
-            except sqlite3.OperationalError:
-                os.kill(pid, signal.SIGCONT)
-                return False
+            with contextlib.closing(sqlite3.connect(self.db, timeout=0.5)) as look:
+                if look.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0:
+                    return True
+            os.kill(pid, signal.SIGCONT)
+            return False
         self.until(free)
 
     def use(self, *names):
@@ -4670,8 +4669,7 @@ class Guarantees(Process):
         queue.sync_at = 0.0
         synced = []
         with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other, \
-                mock.patch.object(queuectl, "flush", synced.append), \
-                mock.patch.object(queuectl, "BUSY_BUDGET", 0.05):
+                mock.patch.object(queuectl, "flush", synced.append), queue.impatient(0.05):
             other.execute("BEGIN IMMEDIATE")
             with self.assertRaises(queuectl.DatabaseUnavailable):
                 queue.enqueue("true")
@@ -4980,9 +4978,7 @@ class Guarantees(Process):
                 self.use(kind, "q.db")
                 peer = self.bad_file(kind, how)
                 before = self.snapshot(self.path(kind))
-                for words in (("enqueue", "true"), ("enqueue", "--file", "-"), ("status",),
-                              ("list",), ("cancel", "a"), ("wait",), ("config", "list"),
-                              ("prune",), ("worker", "list"), ("worker", "stop")):
+                for words in (("enqueue", "--file", "-"), ("status",), ("worker", "stop")):
                     self.refused(*words, code=1, says=says, stdin=b'{"command": "true"}')
                 code, out, err = self.cli("worker", "start", "--drain")
                 self.assertEqual((code, out), (1, ""), err)
@@ -8338,7 +8334,7 @@ class Completion(Everyday):
         os.chdir(self.dir)
         for id in ("job:1", "job:2", "other", "odd;id"):
             self.ok("enqueue", "--id", id, "true")
-        self.ok("enqueue", "--queue", "mail", "true")
+        self.ok("enqueue", "--id", "2", "--queue", "mail", "true")
         for name, text in (("broken.db", "text " * 100), ("empty.db", ""), ("x.json", "")):
             with open(self.path(name), "w") as file:
                 file.write(text)
