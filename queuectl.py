@@ -3042,7 +3042,8 @@ class Queue(Database):
 
     def set_count(self, supervisor: str, count: int) -> None:
         with self._transaction():
-            self._execute("UPDATE workers SET count = ? WHERE name = ?", (count, supervisor))
+            self._execute("UPDATE workers SET count = ? WHERE name = ? AND count <> ?",
+                          (count, supervisor, count))
 
     def serve(self, queues: Sequence[str] | None) -> None:
         """Let turn() claim jobs of these queues only (None: of every queue)."""
@@ -3954,7 +3955,7 @@ class Supervisor:
         self._first_signal: float | None = None
         self._seats = {slot: Seat() for slot in range(1, options.count + 1)}
         self._rescuer = Rescuer()
-        self._next_checkpoint = self._next_keeping = 0.0
+        self._next_checkpoint = self._next_keeping = 0.0  # time.monotonic()
         self._kept_until = 0  # how far the look for completed jobs past their time has come
 
     def run(self) -> int:
@@ -4000,6 +4001,7 @@ class Supervisor:
             queue.sweep()
             queue.register(name, name, self._options.queues, self._options.via,
                            self._options.count)
+            self._do_chores(queue)
         self._waiter.watch(self._bell.fd)
         self._log.event("%d worker%s on %s%s; to end %s: Ctrl-C, or %s" % (
             self._options.count, "s" * (self._options.count > 1), self._options.path,
@@ -4007,11 +4009,10 @@ class Supervisor:
             "them" if self._options.count > 1 else "it", hint("worker stop")))
 
     def _leave(self) -> None:
-        with contextlib.suppress(QueueError), open_queue(self._options) as queue, \
-                queue.impatient(TICK):
-            if self._rescuer.dying:
+        """Its row is swept by the next one: opening the database takes longer than all this."""
+        if self._rescuer.dying:
+            with contextlib.suppress(QueueError), open_queue(self._options) as queue:
                 self._rescuer.finish(queue, self._log.warn)
-            queue.unregister(self._options.name)
         remove(self._bell_path)
         release(self._lock_path, self._held)
         self._waiter.close()
@@ -4048,6 +4049,8 @@ class Supervisor:
             self._rescue()
         if self._level == RUN and (now >= self._next_keeping or now >= self._next_checkpoint
                                    and _size(self._options.path + "-wal") >= WAL_LIMIT):
+            self._next_checkpoint = now + TICK / 2  # a slow reader may keep the -wal file long
+            self._next_keeping = max(self._next_keeping, now + TICK)  # whatever fails below
             self._keep_in_order()
 
     def _judge_signals(self) -> None:
@@ -4092,9 +4095,7 @@ class Supervisor:
                 if code == FATAL:
                     self._failed = True
                     self._order(DRAIN)
-                elif self._level == RUN and self._seats:  # --ensure must not count on it
-                    with contextlib.suppress(QueueError), open_queue(self._options) as queue:
-                        queue.set_count(self._options.name, len(self._seats))
+                self._next_keeping = min(self._next_keeping, time.monotonic() + TICK)
                 continue
             self._log.warn("worker %d died (%s)" % (
                 slot, "exit code %d" % code if code > 0 else exit_error(None, -code)))
@@ -4125,19 +4126,19 @@ class Supervisor:
             self._order(DRAIN)
 
     def _keep_in_order(self) -> None:
-        """Checkpoint, and delete completed jobs past their time: in small steps, so that this
-        never holds the writer lock, nor a signal, for long."""
-        now, deleted = time.monotonic(), 0
-        keeping = now >= self._next_keeping
-        self._next_checkpoint = now + TICK / 2  # a slow reader may keep the -wal file long
-        self._next_keeping = max(self._next_keeping, now + TICK)  # whatever fails below
-        with contextlib.suppress(QueueError), open_queue(self._options) as queue, \
-                queue.impatient(TICK):
+        with contextlib.suppress(QueueError), open_queue(self._options) as queue:
+            self._do_chores(queue)
+
+    def _do_chores(self, queue: Queue) -> None:
+        """Checkpoint, say how many workers are left (or --ensure would count on those that have
+        ended), and delete completed jobs past their time. In small steps, so that this never
+        holds the writer lock, nor a signal, for long."""
+        with contextlib.suppress(QueueError), queue.impatient(TICK):
             queue.checkpoint()
-            if keeping:
-                self._kept_until, deleted = queue.housekeeping(self._kept_until)
-                self._next_keeping = now + (
-                    0.05 if deleted else TICK if self._kept_until else HOUSEKEEPING)
+            queue.set_count(self._options.name, len(self._seats))
+            self._kept_until, deleted = queue.housekeeping(self._kept_until)
+            self._next_keeping = time.monotonic() + (
+                0.05 if deleted else TICK if self._kept_until else HOUSEKEEPING)
 
     def _replace(self) -> None:
         for slot, seat in self._seats.items():

@@ -3774,26 +3774,21 @@ class Workers(Process):
         self.assertEqual(slept, ["pause"])
 
     def test_a_supervisor_that_waits_for_the_last_job_sleeps(self):
-        """Also when it would be time to keep the database in order."""
+        """Also where the database, which it would keep in order, cannot be opened."""
         supervisor = queuectl.Supervisor(self.worker()._options)
         supervisor._waiter, supervisor._bell = mock.Mock(), mock.Mock()
         supervisor._waiter.wait.return_value = []
         supervisor._held = os.open(self.path("lock"), os.O_RDWR | os.O_CREAT)
         self.addCleanup(os.close, supervisor._held)
-        supervisor._keep_in_order = lambda: None
-        for level in (queuectl.RUN, queuectl.DRAIN):
-            supervisor._level = level
-            supervisor._wait()
-        times = [call[0][0] for call in supervisor._waiter.wait.call_args_list]
-        self.assertLessEqual(times[0], 0)  # it is time
-        self.assertGreater(times[1], 0.5 * queuectl.TICK)
-
-    def test_a_supervisor_that_cannot_open_the_database_sleeps_before_it_tries_again(self):
-        supervisor = queuectl.Supervisor(self.worker()._options)
         with mock.patch.object(queuectl, "open_queue",
                                side_effect=queuectl.DatabaseUnavailable("no")):
-            supervisor._keep_in_order()
-        self.assertGreater(supervisor._next_keeping, time.monotonic())
+            for level in (queuectl.RUN, queuectl.RUN, queuectl.DRAIN):
+                supervisor._level = level
+                supervisor._wait()
+        times = [call[0][0] for call in supervisor._waiter.wait.call_args_list]
+        self.assertLessEqual(times[0], 0)  # it is time
+        self.assertGreater(times[1], 0.5 * queuectl.TICK)  # what failed is not tried at once
+        self.assertGreater(times[2], 0.5 * queuectl.TICK)
 
     def test_who_has_no_result_to_store_can_be_stopped_while_the_database_is_busy(self):
         """Neither a supervisor that would checkpoint nor a worker that leaves waits for long."""
