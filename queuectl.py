@@ -1143,9 +1143,10 @@ else:
         """The flock that the process tree of each run of one worker inherits. Its file also
         records the leader of the run's process group, for rescuers (end_tree).
 
-        Two files take turns: the one of the last run stays as it is until that is settled. The
-        other one's run has been: where somebody in the background still holds it, it is
-        replaced."""
+        A worker locks the file of its next run before it settles the last one, for both are one
+        transaction. So two files take turns: that of the last run stays as it is, should this
+        worker die before the commit, and the other one's run was settled one turn ago. Where
+        somebody whom it left in the background still holds that, a new file takes its place."""
 
         def __init__(self, prefix: str) -> None:
             self._paths = [prefix + ".run0", prefix + ".run1"]  # the next one first
@@ -1190,10 +1191,21 @@ else:
 
     # What is left of a run whose worker is dead? Three proofs tell, each of which a process may
     # have shaken off: the run's lock, which its tree inherits; its process group; and in its
-    # environment the name of the run. A number proves nothing by itself: it may have been given
-    # to a stranger since. So the group counts only if its leader was started when the record
-    # says, or if one of its members is proven otherwise. Who is in the group of a dead leader and
-    # has shaken off the rest may be of the run: he is not killed, and the job does not run again.
+    # environment the name of the run. What can go wrong, and what stops it:
+    #
+    #   A stranger is killed.  A number proves nothing by itself: it may have been given to somebody
+    #       else since. So the group counts only if its leader was started when the record says,
+    #       or if one of its members is proven otherwise.
+    #   A member is missed.  The list is read while processes fork and begin other programs, which
+    #       have no environment for an instant: Rescuer believes in an empty tree when it was
+    #       empty twice. Who has another user's environment is known by lock and group only.
+    #   It cannot be told.  Who is in the group of a dead leader and has shaken off the rest, or
+    #       holds the lock where no /proc names its holder, may be of the run: he is not killed,
+    #       and the job does not run again while he lives.
+    #   The worker died between the spawn and the record.  The lock and the environment tell.
+    #   The rescuer is of the tree, as a job may start workers.  In the foreground they are, and
+    #       end with it. Those in the background lead a session of their own, and have neither the
+    #       lock nor the variable.
 
     CLOCK_TICKS = os.sysconf("SC_CLK_TCK")  # a second, in /proc/PID/stat
     START_TICK = 1 / CLOCK_TICKS if sys.platform == "linux" else 1.0  # seconds; ps knows no less
@@ -1561,7 +1573,9 @@ else:
 # -- schema -------------------------------------------------------------------------------
 #
 # Each partial index costs every insert a little, also where it does not apply. A query must
-# repeat an index's predicate word for word, or SQLite reads the whole table in silence.
+# repeat an index's predicate word for word, or SQLite reads the whole table in silence: hence
+# `hold > 0 AND hold = 2`, of which the first half chooses the index and the second the rows. A `+`
+# keeps SQLite from an index that would be the worse one. A test asks for the plan of each query.
 
 APPLICATION_ID = 0x71756575  # "queu"; what marks a database file as ours
 WAL_LIMIT = 4 * 1024 ** 2  # bytes of -wal from which on a supervisor checkpoints it
@@ -2061,7 +2075,7 @@ class Database:
         self.sync_at = math.inf
         self._durable = durable
         self._expect = expect
-        self._wal = -1
+        self._wal_fd = -1
         self._version = -1
         self._checked = 0  # st_mtime_ns of the file when its id was last read
         self._patience = BUSY_BUDGET
@@ -2087,8 +2101,8 @@ class Database:
         if id(self) in _connections:
             with contextlib.suppress(QueueError):
                 self.sync()
-            if self._wal >= 0:
-                os.close(self._wal)
+            if self._wal_fd >= 0:
+                os.close(self._wal_fd)
             _connections.discard(id(self))
             self._db.close()
 
@@ -2331,22 +2345,26 @@ class Database:
             self._patience = BUSY_BUDGET
 
     # Durability. Clients commit with synchronous=FULL. Workers commit with NORMAL, which
-    # syncs nothing, and sync the -wal file themselves, outside of the writer lock.
+    # syncs nothing, and sync the -wal file themselves, outside of the writer lock. A crash before
+    # that loses the last commits, never one in their midst: a frame counts only with all before it.
+    # What is settled then runs again, which `processing` in the older state allows for. A
+    # checkpoint must not bring commits into the database that the -wal file may still lose: the
+    # connection that does it is FULL, and so syncs the -wal file first.
 
     def sync(self) -> int:
         """Bring this connection's commits to the disk; the size of the -wal file. QueueError."""
         if self.sync_at == math.inf:
             return 0
         try:
-            if self._wal < 0:
-                self._wal = os.open(self.path + "-wal", os.O_RDWR)
+            if self._wal_fd < 0:
+                self._wal_fd = os.open(self.path + "-wal", os.O_RDWR)
                 flush_folder(os.path.dirname(self.path))  # its name must last as well
-            flush(self._wal)
+            flush(self._wal_fd)
         except OSError as error:
             self.sync_at = time.monotonic() + 1
             raise DatabaseUnavailable("cannot sync %s: %s" % (self.path, error.strerror)) from None
         self.sync_at = math.inf
-        return os.fstat(self._wal).st_size
+        return os.fstat(self._wal_fd).st_size
 
     def checkpoint(self, limit: int = WAL_LIMIT) -> None:
         """Bring the -wal file into the database once it has grown to `limit` bytes.
@@ -2355,7 +2373,8 @@ class Database:
         connection checkpoints (https://www.sqlite.org/wal.html#walresetbug). So this one
         holds the writer lock while another one checkpoints. (TRUNCATE takes the lock itself;
         but it waits for it unfairly, without it where its time runs out, and holding it where a
-        reader is slow.)"""
+        reader is slow.) PASSIVE waits for nobody: where a reader still needs an older state, it
+        brings over what it can, the file goes on growing, and the next checkpoint ends it."""
         if _size(self.path + "-wal") < limit:
             return
         with contextlib.suppress(QueueError):
@@ -2555,7 +2574,8 @@ class Queue(Database):
         needed.clear()
 
     def _store_incoming(self, keys: bool) -> None:
-        """Bring the rows into `jobs`, with other ids for those whose generated ones are taken."""
+        """Bring the rows into `jobs`, with other ids for those whose generated ones are taken. As
+        a row may name an earlier one `instead`, by its id, that is looked up again then."""
         while True:
             for statement in KEYS_TAKEN if keys else ():
                 self._execute(statement)
@@ -2920,9 +2940,10 @@ class Queue(Database):
 
     def prune_step(self, states: Sequence[str], before: float, last: int,
                    queue: str | None = None) -> tuple[int, int]:
-        """One step of a prune: looks at the PRUNE_BATCH jobs after seq `last`, without the writer
-        lock, and then with it at those that can go: they may have been retried, or another may
-        wait for them now. Returns the seq that it reached (0: the end), how many it deleted."""
+        """One step of a prune: finds who can go among the PRUNE_BATCH jobs after seq `last`, and
+        holds up nobody meanwhile. What was found may be retried by now, or another job wait for
+        it: the look that decides is the one under the writer lock, at each of them. Returns
+        the seq that it reached (0: the end), how many it deleted."""
         words = ", ".join("'%s'" % state for state in ENDED if state in states)
         values: dict[str, Any] = {"before": iso(before), "last": last, "queue": queue}
         rows = self._rows(FIND_PRUNABLE % words, values)
@@ -3707,7 +3728,7 @@ class Worker:
     def _work(self) -> None:
         result: Result | None = None
         while True:
-            self._rung = False
+            self._rung = False  # before the claim: who rings during it has written too late for it
             claim = self._turn(result)
             if claim is not None:
                 result = self._run(claim)
