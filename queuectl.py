@@ -5381,6 +5381,8 @@ def checked(parse: Callable[[Any], Any]) -> Callable[[str], Any]:
     return convert
 
 
+HELP = option("-h", "--help", action="help", help=argparse.SUPPRESS)
+PROGRAM_VERSION = option("--version", action="version", version="queuectl " + __version__)
 DATABASE = option("--db", default=argparse.SUPPRESS, metavar="PATH",
                   help="the database ($QUEUECTL_DB, or one in your state folder)")
 READ_SIZE = 1 << 16  # bytes of a file of jobs that are read at once
@@ -5558,7 +5560,7 @@ FIELD_OPTIONS = (
     option("--timeout", type=DURATION, metavar="T", help="longest run, 0: no limit (job-timeout)"),
     option("--delay", type=DURATION, metavar="T", help="run it after this time"),
     option("--run-at", type=checked(parse_time), metavar="TIME",
-           help="run it at 2026-01-31T08:00, 23:30, epoch seconds, or +10m"),
+           help="run it at 2026-01-31T08:00, 23:30 or +10m"),
     option("--cwd", type=checked(parse_cwd), metavar="DIR", help="its folder (the current one)"),
     option("--env", action="append", type=checked(lambda word: parse_env([word])),
            metavar="NAME[=VALUE]", help="set or copy a variable; repeatable"),
@@ -5574,13 +5576,11 @@ def given_fields(args: argparse.Namespace, names: Iterable[str]) -> dict[str, An
 
 
 @command(
-    "enqueue", "add a job, or many", """queuectl.py enqueue 'sleep 2 && date'
-  queuectl.py enqueue '{"id": "job1", "command": "sleep 2"}'
-  queuectl.py enqueue --priority 5 --timeout 10m -- rsync -a 'my dir/' host:/x
-  queuectl.py enqueue --lines commands.txt""",
-    option("word", nargs="*", metavar="JOB",
-           help="a shell command line or a JSON job, in quotes; after --: a command and its "
-                "arguments, word for word"),
+    "enqueue", "add a job (a shell command line or JSON, in quotes), or many",
+    """queuectl.py enqueue --id job1 'sleep 2 && date'
+  queuectl.py enqueue '{"command": "sleep 2", "priority": 5}'
+  queuectl.py enqueue --timeout 10m -- rsync -a 'my dir/' host:/x  # word for word""",
+    option("word", nargs="*", metavar="JOB"),
     option("--file", metavar="FILE", help="a JSON array or JSON Lines of jobs; -: stdin"),
     option("--lines", metavar="FILE", help="a shell command line per line; -: stdin"),
     option("--id", type=checked(parse_name), help="its id (else a short random one)"),
@@ -5691,8 +5691,8 @@ def quoted(words: Sequence[str]) -> str:
 
 @command(
     "worker start", "run jobs until stopped", """queuectl.py worker start --count 2
-  queuectl.py worker start --drain                        # until nothing is left to do
-  * * * * * queuectl.py worker start --count 2 --ensure   # in a crontab""",
+  queuectl.py worker start --drain      # until nothing is left to do
+  * * * * * queuectl.py worker start --ensure   # in a crontab""",
     option("--count", type=checked(parse_integer(1, 1000)), default=1, metavar="N",
            help="worker processes (1)"),
     option("--drain", action="store_true", help="exit once there is nothing left to do"),
@@ -6118,12 +6118,22 @@ def cmd_completion(args: argparse.Namespace) -> int:
 # -- main ---------------------------------------------------------------------------------
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """As wide as the terminal. argparse makes one for each option: only help looks at its width,
-    or each command would import shutil (2 ms)."""
+    """As wide as the terminal, and no longer than one of 24 lines: usage names no options, which
+    are explained below it. argparse makes a formatter for each option: only help looks at its
+    width, or each command would import shutil (2 ms)."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=80)
         self._action_max_length = 14  # or the longest command would have a line of its own
+
+    def add_usage(self, usage: Any, actions: Iterable[argparse.Action], groups: Any,
+                  prefix: str | None = None) -> None:
+        self._prog += " [OPTION ...]"
+        super().add_usage(usage, [a for a in actions if not a.option_strings], groups, prefix)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.help or action.nargs == argparse.PARSER:
+            super().add_argument(action)
 
     def format_help(self) -> str:
         import shutil
@@ -6146,12 +6156,12 @@ def build_parser(chosen: str = "") -> argparse.ArgumentParser:
                                      required=True, dest="command")
 
     program = " ".join(_called["as"])
-    parser = Parser(prog=program, formatter_class=HelpFormatter,
-                    description="A durable job queue for shell commands, in one file.",
-                    epilog="example:\n  %s\n  %s" % (hint("enqueue 'echo hello'"),
-                                                    hint("worker start --count 2")))
-    parser.add_argument("--version", action="version", version="queuectl " + __version__)
-    parser.add_argument(*DATABASE[0], **DATABASE[1])
+    parser = Parser(prog=program, formatter_class=HelpFormatter, add_help=False,
+                    usage=program + " [--version] [--db PATH] COMMAND ...",
+                    description="A durable job queue for shell commands; COMMAND --help has more "
+                                "and an example.")
+    for flags, details in HELP, PROGRAM_VERSION, DATABASE:
+        parser.add_argument(*flags, **dict(details, help=argparse.SUPPRESS))
     top = commands(parser)
     groups: dict[str, Any] = {}
     for name, found in COMMANDS.items():
@@ -6165,8 +6175,8 @@ def build_parser(chosen: str = "") -> argparse.ArgumentParser:
         sub = (groups[group] if rest else top).add_parser(
             rest or name, help=found.help, description=found.help + ".",
             epilog="example:\n  " + found.example.replace("queuectl.py", program),
-            formatter_class=HelpFormatter)
-        for flags, details in (DATABASE, *found.options):
+            formatter_class=HelpFormatter, add_help=False)
+        for flags, details in (HELP, DATABASE, *found.options):
             sub.add_argument(*flags, **details)
         sub.set_defaults(run_command=found.run)
     return parser

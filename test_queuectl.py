@@ -2916,9 +2916,12 @@ class Documents(Case):
             with self.subTest(name):
                 text = self.ok(*name.split(), "--help")
                 self.assertRegex(text, r"(?s)example:\n.*queuectl\.py( .*)? %s\b" % name)
-                for option in options.split() + ["--db", "--help"]:
+                for option in options.split() + ["--db"]:
                     # with an explanation
                     self.assertRegex(text, r"\n  (-\w, )?%s\b.*\s{2,}\S" % option)
+        os.environ["COLUMNS"] = "80"
+        for name in ["", "worker", "dlq", "config", *self.COMMANDS]:
+            self.assertLessEqual(self.ok(*name.split(), "--help").count("\n"), 24, name)
         top = self.ok("--help")
         for name in self.COMMANDS:
             self.assertRegex(top, r"\n    %s\s+\S" % name.split()[0])
