@@ -4434,10 +4434,15 @@ def _start_supervisor(queue: Queue, options: StartOptions, count: int, log: str)
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))  # Windows
     finally:
         os.close(errors)
+    until = time.monotonic() + BUSY_BUDGET
     while process.poll() is None:
         running = sum(info.supervisor == options.name for info in queue.workers())
-        if running >= (1 if options.drain else count):  # of those, some may be done already
+        enough = running >= (1 if options.drain else count)  # of those, some may be done already
+        if enough or time.monotonic() > until:
             process.returncode = 0  # ours no longer: no warning that it still runs
+            if not enough:
+                raise QueueError("%d of %d workers have started in 30 s; the others are tried "
+                                 "again, and %s says why" % (running, count, log))
             return
         time.sleep(0.01)
     if process.returncode or not options.drain:
