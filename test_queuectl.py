@@ -4582,6 +4582,18 @@ class Hostile(Process):
                          and re.search(r"\b%d\b" % queuectl.MOST_LEFTOVERS, limit)], limits)
 
 
+@contextlib.contextmanager
+def constants(case, **values):
+    """What the case starts meanwhile has these values in the place of the program's own."""
+    program = case.path("changed-%s.py" % "-".join(values))
+    with open(program, "w") as file:
+        file.write("import sys; sys.path.insert(0, %r); import queuectl\n"
+                   "vars(queuectl).update(%r)\n"
+                   "if __name__ == '__main__': sys.exit(queuectl.main())\n" % (HERE, values))
+    with mock.patch("%s.SCRIPT" % __name__, program):
+        yield
+
+
 class Guarantees(Process):
     """The twelve promises, in their order, but for 6 and 7, which are those of Stopping and
     Hostile. Each test fails when its promise is broken."""
@@ -4686,9 +4698,10 @@ class Guarantees(Process):
         queue._db.set_trace_callback(lambda sql: seen.append(sql.split("--")[0].strip()))
         queue.enqueue("true", id="b")
         self.settle(queue, self.claim(queue))
+        queue.cancel([queue.enqueue("true")])
         queue.retry_all()
         queue._db.set_trace_callback(None)
-        self.assertGreaterEqual(seen.count("BEGIN IMMEDIATE"), 3)
+        self.assertGreaterEqual(seen.count("BEGIN IMMEDIATE"), 5)
         locked = False
         for sql in seen:
             locked = (locked or sql == "BEGIN IMMEDIATE") and sql != "COMMIT"
@@ -4761,20 +4774,6 @@ class Guarantees(Process):
         meeting.let_go()
         self.until_state("b", "completed")
 
-    @linux
-    def test_04_the_orphaned_tree_is_ended_before_the_job_runs_again(self):
-        meeting = self.meeting()
-        self.add("a", self.in_background(meeting) + "setsid " + self.in_background(meeting)
-                 + meeting.here, max_retries=9)
-        self.workers()
-        pids = [meeting.arrived() for _ in range(3)]
-        for _ in range(2):
-            os.kill(self.infos()[0].pid, signal.SIGKILL)
-            first = meeting.arrived()
-            self.assertEqual([alive(pid) for pid in pids], [False] * 3)
-            pids = [first, meeting.arrived(), meeting.arrived()]
-        self.assertEqual([run.outcome for run in self.runs("a")], ["lost", "lost", None])
-
     def test_04_nothing_runs_again_while_somebody_unknown_may_run_it(self):
         meeting = self.meeting()
         self.add("a", "cd %s; [ $QUEUECTL_ATTEMPT -gt 1 ] || { %s; }; %s" % (
@@ -4814,12 +4813,14 @@ class Guarantees(Process):
         self.until_logged(process, "worker 1 died (killed by SIGKILL)")
         self.until_logged(process, "job a: its worker %s died; the job is pending"
                           % self.runs("a")[0].worker)
-        # By an idle worker of another supervisor.
+        # By an idle worker of another supervisor, also where the database never stands still.
         worker = self.infos()[0].pid
         other = self.workers()
         process.kill()
         process.wait()
         os.kill(worker, signal.SIGKILL)
+        with Queue(self.db) as queue:
+            self.until(lambda: queue.pause("nobody") or len(queue.runs("a")) == 3)
         pid = meeting.arrived()
         self.assertEqual(self.job("a").attempts, 3)
         self.until_logged(other, "its worker")
@@ -4843,32 +4844,6 @@ class Guarantees(Process):
         self.assertEqual(self.job("a").attempts, 4)
         meeting.gone()
         self.assertTrue(meeting.nobody())
-
-    def test_05_rescue_is_quick_however_busy_the_others_are(self):
-        """Whether the only one left is idle, or has a long job; the database never stands still."""
-        long = self.meeting("long")
-        for id, busy in (("a", False), ("b", True)):
-            meeting = self.meeting(id)
-            self.add(id, meeting.here)
-            process = self.workers()
-            meeting.arrived()
-            if busy:
-                self.add("long", long.here)
-            other = self.workers()
-            if busy:
-                long.arrived()
-            for pid in [process.pid] + [info.pid for info in self.infos() if info.job == id]:
-                os.kill(pid, signal.SIGKILL)
-            process.wait()
-            with Queue(self.db) as queue:
-                self.until(lambda: queue.pause("nobody") or len(queue.runs(id)) > 1
-                           or queue.get(id).state == "pending")
-            self.assertEqual(self.runs(id)[0].outcome, "lost")
-            if not busy:
-                meeting.arrived()
-                self.finish(meeting, id)
-                other.send_signal(signal.SIGTERM)
-                self.ended(other)
 
     def test_05_wake_ups_go_to_those_who_can_run_the_job(self):
         queue, rung = self.queue(), []
@@ -4997,25 +4972,29 @@ class Guarantees(Process):
                 self.refused("--db", place, *words, code=1, says=says)
         self.assertFalse(os.path.exists(self.path("no such folder")))
 
-    def as_nobody(self, *words):
-        """(exit code, stderr) of a command line, run in a fork without privileges."""
+    def as_nobody(self, *words, groups=()):
+        """(exit code, stdout, stderr) of a command line, run in a fork without privileges. The
+        code is that of a signal, negative, where it did not end within 20 seconds."""
         # All that it may import: as nobody it cannot reach every installation.
         import multiprocessing.connection, multiprocessing.popen_fork  # noqa: E401, F401
+        names = [self.path("as-nobody-" + name) for name in ("out", "err")]
 
         def run():
-            out = io.StringIO()
-            if ROOT:
-                os.setgroups([])
-                os.setgid(65534)
-                os.setuid(65534)
-            with open(self.path("as-nobody"), "w") as err, \
+            with open(names[0], "w") as out, open(names[1], "w") as err, \
                     contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                return queuectl.main(words) or (50 if out.getvalue() else 0)
-        with open(self.path("as-nobody"), "w"):
-            os.chmod(self.path("as-nobody"), 0o666)
-        pid = self.fork(run)
-        status = os.waitpid(pid, 0)[1]
-        return os.WEXITSTATUS(status), read_file(self.path("as-nobody")).decode()
+                signal.alarm(20)
+                self.become_nobody(groups)
+                return queuectl.main(words)
+        status = os.waitpid(self.fork(run), 0)[1]
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        return (code,) + tuple(read_file(name).decode() for name in names)
+
+    @staticmethod
+    def become_nobody(groups=()):
+        if ROOT:
+            os.setgroups(groups)
+            os.setgid(groups[0] if groups else 65534)
+            os.setuid(65534)
 
     def test_08_damage_within_is_told(self):
         """Where SQLite itself sees none: text that is none, and JSON that is none."""
@@ -5057,12 +5036,12 @@ class Guarantees(Process):
                 os.chmod(self.path(kind), folder)
                 self.addCleanup(os.chmod, self.path(kind), 0o755)
                 for words in (("enqueue", "true"), ("pause",), ("worker", "start", "--drain")):
-                    code, err = self.as_nobody(*words)
-                    self.assertEqual(code, 1, (words, err))
+                    code, out, err = self.as_nobody(*words)
+                    self.assertEqual((code, out), (1, ""), (words, err))
                     self.assertRegex(err, r"\Aqueuectl: [^\n]+\n\Z", words)
                 for words in (("status",), ("list",)):  # may be refused, too
-                    code, err = self.as_nobody(*words)
-                    self.assertIn(code, (1, 50), (words, err))
+                    code, out, err = self.as_nobody(*words)
+                    self.assertEqual(code, 0 if out else 1, (words, err))
                     self.assertNotIn("Traceback", err)
                 os.chmod(self.path(kind), 0o755)
                 os.chmod(self.db, 0o644)
@@ -5155,39 +5134,70 @@ class Guarantees(Process):
         self.assert_sound()
 
     def test_08_a_database_that_is_taken_away_stops_its_workers(self):
-        meeting = self.meeting()
-        processes = []
-        for kind in ("deleted", "deleted while a job runs", "replaced", "anew", "folder"):
-            os.mkdir(self.path(kind))
-            self.use(kind, "q.db")
-            if kind == "deleted while a job runs":
-                self.add("a", meeting.here)
-            processes.append((kind, self.workers()))
-        meeting.arrived()
-        for kind, process in processes:
-            self.use(kind, "q.db")
-            if kind == "folder":
-                os.rename(self.path(kind), self.path("moved"))
-                continue
-            if kind == "replaced":
-                shutil.copy(self.db, self.path("copy"))
-                os.replace(self.path("copy"), self.db)
-                continue
+        """Within about a second, whatever they do just then."""
+        other = self.path("other.db")
+        with Queue(other) as queue:
+            queue.enqueue("true", id="b", queue="unserved")
+
+        def deleted(*pids):
             for suffix in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.db + suffix)
-            if kind == "anew":
-                self.add("b", "true", max_retries=1)
-        for kind, process in processes:
-            with self.subTest(kind):
-                self.use(kind, "q.db")
-                self.ended(process, 1)
-                self.assertIn("deleted or replaced", self.log(process))
-                self.assertNotIn("Traceback", self.log(process))
-        meeting.gone()
-        self.use("anew", "q.db")
-        self.assertEqual(self.job("b").state, "pending")
-        self.use("q.db")
+
+        def made_anew(*pids):
+            deleted()
+            self.add("b", "true")
+
+        def replaced(*pids):
+            shutil.copy(self.db, self.path("copy"))
+            os.replace(self.path("copy"), self.db)
+
+        def moved(*pids):
+            os.rename(os.path.dirname(self.db), self.path("moved"))
+
+        def overwritten(*pids):  # which keeps the inode: only the random id tells
+            for pid in pids:  # nobody writes while the file is copied
+                self.freeze(pid)
+                self.addCleanup(lambda pid=pid: alive(pid) and os.kill(pid, signal.SIGCONT))
+            self.assertEqual(self.sql("PRAGMA busy_timeout = 9000",
+                                      "PRAGMA wal_checkpoint(TRUNCATE)"), [(0, 0, 0)])
+            inode = os.stat(self.db).st_ino
+            subprocess.run(["cp", other, self.db], check=True)
+            self.assertEqual(os.stat(self.db).st_ino, inode)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+        for doing, ways in (("idle", (deleted, made_anew, replaced, moved, overwritten)),
+                            ("long job", (deleted, overwritten)),
+                            ("short jobs", (deleted, made_anew, overwritten))):
+            served = []
+            for way in ways:
+                name = "%s, %s" % (doing, way.__name__)
+                os.mkdir(self.path(name))
+                self.use(name, "q.db")
+                meeting = self.meeting(name)
+                if doing == "long job":
+                    self.add("a", meeting.here)
+                process = self.short_jobs() if doing == "short jobs" else self.workers()
+                if doing == "long job":
+                    meeting.arrived()
+                served.append((name, way, process, meeting, self.infos()[0].pid))
+            for name, way, process, _, worker in served:
+                self.use(name, "q.db")
+                way(process.pid, worker)
+            start = time.monotonic()
+            for name, way, process, meeting, _ in served:
+                with self.subTest(name):
+                    self.use(name, "q.db")
+                    self.until(lambda: process.poll() is not None
+                               or time.monotonic() > start + 8)
+                    self.assertEqual(process.poll(), 1, self.log(process)[-300:])
+                    self.assertIn("deleted or replaced", self.log(process))
+                    self.assertNotIn("Traceback", self.log(process))
+                    if doing == "long job":
+                        meeting.gone()
+                    if way is made_anew:
+                        self.assertEqual(self.job("b").state, "pending")
 
     def modes(self):
         found = {}
@@ -5232,30 +5242,39 @@ class Guarantees(Process):
         folder, side = self.path("folder"), self.db + "-run"
         self.add("a", "true")
         shutil.rmtree(side, ignore_errors=True)
+        # Sticky or not: what others plant beside a database, SQLite reads. The default place is
+        # one that is safe.
+        shared = "%s stands in a folder that every user can write .*such as %s" % tuple(
+            map(re.escape, (self.db, self.path("state", "queuectl"))))
         table = [  # what is done, how it is undone, and what workers say meanwhile
             ((os.chmod, self.db, 0o602), (os.chmod, self.db, 0o600), "written by every user"),
-            ((os.chmod, folder, 0o777), (os.chmod, folder, 0o700),
-             "folder that every user can write"),
             ((os.symlink, self.path("planted"), side), (os.unlink, side), "-run"),
             ((os.mkfifo, side), (os.unlink, side), "-run"),
             ((os.mkdir, side), (os.chmod, side, 0o700), None),
             ((os.chmod, side, 0o777), (os.chmod, side, 0o700), "-run"),
+        ] + [((os.chmod, folder, mode), (os.chmod, folder, 0o700), shared)
+             for mode in (0o777, 0o1777, 0o1702)
         ] + [((os.chown, path, 65534, 65534), (os.chown, path, 0, 0), says)
              for path, says in ((side, "-run"), (self.db, "another user")) if ROOT]
+        self.addCleanup(self.main, "worker", "stop", "--now")
         for (do, *how), (undo, *back), says in table:
             do(*how)
-            if says:
-                with self.subTest(says):
-                    code, out, err = self.cli("worker", "start", "--drain")
+            for option in ("--drain", "--detach", "--ensure") if says else ():
+                with self.subTest(says, how=how, option=option):
+                    code, out, err = self.cli("worker", "start", option)
                     self.assertEqual((code, out), (1, ""), err)
                     self.assertRegex(err, r"\Aqueuectl: [^\n]*%s[^\n]*\n\Z" % says)
-                    self.assertEqual(self.cli("worker", "start", "--detach")[:2], (1, ""))
                     self.assertEqual(self.job("a").state, "pending")  # nothing of it may run
             undo(*back)
         with mock.patch("os.geteuid", lambda: 12345):
             with self.assertRaisesRegex(QueueError, "another user"):
                 queuectl.require_safe(self.db)
         self.assertEqual(os.listdir(self.path("planted")), [])
+        for mode in (0o770, 0o1770, 0o2770):  # a group is the owner's choice
+            os.chmod(folder, mode)
+            self.add("%o" % mode, "true")
+            self.drain()
+            self.assertEqual(self.job("%o" % mode).state, "completed")
 
     def test_10_no_reader_pins_the_wal(self):
         writer, reader = self.queue(), self.queue()
@@ -5391,51 +5410,6 @@ class Guarantees(Process):
                 self.assertEqual(self.job("a").state, "completed")
                 self.assert_sound()
 
-    # A helper beside as_nobody(), which could become self.as_member(65534, [], ...).
-
-    def as_member(self, uid, groups, *words, stdin=b""):
-        """(exit code, stdout, stderr) of a command line, run in a fork as another user. The code
-        is that of a signal, negative, where it did not end within 20 seconds."""
-        import multiprocessing.connection, multiprocessing.popen_fork  # noqa: E401, F401
-        names = [self.path("as-user-" + name) for name in ("out", "err")]
-
-        def run():
-            with open(names[0], "w") as out, open(names[1], "w") as err, \
-                    contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                signal.alarm(20)
-                os.setgroups(groups)
-                os.setgid(groups[0] if groups else uid)
-                os.setuid(uid)
-                return queuectl.main([str(word) for word in words])
-        status = os.waitpid(self.fork(run), 0)[1]
-        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return (code,) + tuple(read_file(name).decode() for name in names)
-
-
-    @linux
-    def test_09_no_worker_serves_a_folder_that_others_can_write(self):
-        """Sticky or not: what others plant beside a database, SQLite reads."""
-        os.mkdir(self.path("folder"))
-        self.use("folder", "q.db")
-        self.add("a", "true")
-        for mode in (0o777, 0o1777, 0o703, 0o1702):
-            os.chmod(self.path("folder"), mode)
-            for words in (("--drain",), ("--detach",), ("--ensure",)):
-                with self.subTest(mode=oct(mode), words=words):
-                    self.addCleanup(self.main, "worker", "stop", "--now")
-                    code, out, err = self.cli("worker", "start", *words)
-                    self.assertEqual((code, out), (1, ""), err)
-                    self.assertRegex(err, r"\Aqueuectl: [^\n]+\n\Z")
-                    self.assertIn(self.path("folder"), err)
-                    # A place that is safe: the default one is.
-                    self.assertIn(self.path("state", "queuectl"), err)
-                    self.assertEqual((self.job("a").state, self.infos()), ("pending", []))
-        for mode in (0o770, 0o1770, 0o2770):  # a group is the owner's choice
-            os.chmod(self.path("folder"), mode)
-            self.add("%o" % mode, "true")
-            self.drain()
-            self.assertEqual(self.job("%o" % mode).state, "completed")
-
     def planted(self, kind):
         """The bytes of a -journal or -wal file from which SQLite would make any database of the
         same page size into a copy of another one, in which a job waits."""
@@ -5469,9 +5443,7 @@ class Guarantees(Process):
                 before = read_file(self.db)
 
                 def plant():
-                    os.setgroups([])
-                    os.setgid(65534)
-                    os.setuid(65534)
+                    self.become_nobody()
                     os.umask(0)
                     with open(self.db + kind, "xb") as file:
                         file.write(data)
@@ -5522,34 +5494,10 @@ class Guarantees(Process):
             return time.monotonic() > end
         self.until(over)
 
-    def test_10_no_checkpoint_without_the_writer_lock(self):
-        """It waits, however long another connection writes: SQLite's own way out, which it
-        takes in silence when its busy timeout is over, is to go on without the lock."""
-        keeper = self.queue()
-        peer = self.peer("""if 1:
-            import queuectl
-            queue = queuectl.Queue()
-            queue.counts()
-            print("opened", flush=True)
-            input()
-            print("begins", flush=True)
-            queue.checkpoint(0)
-            print("ended", flush=True)
-            input()""")
-        self.assertEqual(self.hear(peer), "opened")
-        holder = self.long_log(100000)
-        self.tell(peer)
-        self.assertEqual(self.hear(peer), "begins")
-        self.undisturbed(1.0)
-        holder.execute("ROLLBACK")
-        self.assertEqual(self.hear(peer), "ended")
-        self.assertLessEqual(self.log_size(), self.CUT)
-        self.tell(peer)
-        self.assertEqual(keeper.counts()["pending"], 0)
-        self.assert_sound()
-
     def test_10_the_supervisor_checkpoints_and_waits_for_the_lock(self):
-        """Also where no worker commits anything."""
+        """However long another connection writes (SQLite's own way out, which it takes in silence
+        when its busy timeout is over, is to go on without it), and also where no worker commits
+        anything."""
         self.add("a", "true", delay="1h")
         process = self.workers()
         worker = self.infos()[0].pid
@@ -5632,76 +5580,17 @@ class Guarantees(Process):
         self.assertGreater(os.path.getsize(self.db), 20 * queuectl.WAL_LIMIT)
 
 
-    def short_jobs(self, *names):
+    def short_jobs(self):
         """A worker that is busy for a minute, with one short job after the other."""
-        self.use(*names)
         with Queue(self.db) as queue:
             list(queue.enqueue_many({"command": "echo >>%s; sleep 0.02" % self.path("ledger")}
                                     for _ in range(3000)))
-        process = self.workers()
-        with Queue(self.db) as queue:
+            process = self.workers()
             self.until(lambda: queue.counts()["completed"] > 5)
         return process
 
-    def test_08_a_worker_of_short_jobs_notices_that_the_database_is_gone(self):
-        """Within about a second, however its jobs follow each other."""
-        for kind in ("deleted", "deleted and made anew"):
-            with self.subTest(kind):
-                os.mkdir(self.path(kind))
-                process = self.short_jobs(kind, "q.db")
-                for suffix in ("", "-wal", "-shm"):
-                    os.unlink(self.db + suffix)
-                if kind == "deleted and made anew":
-                    self.add("b", "true", queue="other")
-                start = time.monotonic()
-                self.until(lambda: process.poll() is not None
-                           or time.monotonic() > start + 8)
-                self.assertEqual(process.poll(), 1, self.log(process)[-300:])
-                self.assertIn("deleted or replaced", self.log(process))
-                self.assertNotIn("Traceback", self.log(process))
-
-    @linux
-    def test_08_a_worker_notices_a_copy_of_another_queue_in_the_place_of_its_own(self):
-        """`cp other.db q.db` keeps the inode: only the random id tells."""
-        other = self.path("other.db")
-        with Queue(other) as queue:
-            queue.enqueue("true", id="b", queue="unserved")
-        for kind in ("short jobs", "a long job", "idle"):
-            with self.subTest(kind):
-                os.mkdir(self.path(kind))
-                if kind == "short jobs":
-                    process = self.short_jobs(kind, "q.db")
-                else:
-                    self.use(kind, "q.db")
-                    meeting = self.meeting(kind)
-                    self.add("a", meeting.here if kind == "a long job" else "true")
-                    process = self.workers()
-                    if kind == "a long job":
-                        meeting.arrived()
-                    else:
-                        self.until_state("a", "completed")
-                worker = self.infos()[0].pid
-                for pid in (process.pid, worker):  # nobody writes while the file is copied
-                    self.freeze(pid)
-                    self.addCleanup(lambda pid=pid: alive(pid) and os.kill(pid, signal.SIGCONT))
-                self.assertEqual(self.sql("PRAGMA busy_timeout = 9000",
-                                          "PRAGMA wal_checkpoint(TRUNCATE)"), [(0, 0, 0)])
-                inode = os.stat(self.db).st_ino
-                subprocess.run(["cp", other, self.db], check=True)
-                self.assertEqual(os.stat(self.db).st_ino, inode)
-                for pid in (process.pid, worker):
-                    os.kill(pid, signal.SIGCONT)
-                start = time.monotonic()
-                self.until(lambda: process.poll() is not None
-                           or time.monotonic() > start + 8)
-                self.assertEqual(process.poll(), 1, self.log(process)[-300:])
-                self.assertIn("deleted or replaced", self.log(process))
-                self.assertNotIn("Traceback", self.log(process))
-                if kind == "a long job":
-                    meeting.gone()
-
     def test_06_an_order_whose_bell_was_lost_is_read_between_short_jobs(self):
-        process = self.short_jobs("q.db")
+        process = self.short_jobs()
         bells = [name for name in os.listdir(self.db + "-run") if name.endswith(".bell")]
         self.assertEqual(len(bells), 2)  # the worker's and its supervisor's
         for name in bells:
@@ -5723,7 +5612,7 @@ class Guarantees(Process):
         group = 54321
 
         def member(*words):
-            return self.as_member(65534, [group], *words)
+            return self.as_nobody(*words, groups=[group])
 
         def told(*words):
             with self.subTest(words):
@@ -5831,34 +5720,32 @@ class Guarantees(Process):
         self.assertEqual([named[0], named[2]] * 2, [named[1], named[3], named[0], named[2]])
         self.assertNotEqual(named[0], named[2])
 
-    def orphans(self, command, meeting, rounds=3):
-        """A job whose worker is killed again and again: it never runs twice at once."""
-        self.configure(backoff_base=0)
-        self.add("a", command, max_retries=100)
-        self.workers()
-        pid = meeting.arrived()
-        for _ in range(rounds):
-            self.assertTrue(alive(pid))
-            self.kill_worker()
-            last, pid = pid, meeting.arrived()
-            self.assertFalse(alive(last), "two copies")
-        self.assertEqual([run.outcome for run in self.runs("a")], ["lost"] * rounds + [None])
-        os.kill(self.infos()[0].pid, signal.SIGCONT)
-        meeting.let_go()
-        self.until_state("a", "completed")
-
-    def test_04_a_worker_that_dies_just_after_the_spawn(self):
-        """Its job, which has closed every descriptor, is found all the same. So that nobody's
-        luck decides, the job itself stops its worker, at its very first step."""
-        meeting = self.meeting()
-        self.orphans("kill -STOP $PPID; exec " + self.shut(meeting.here), meeting)
-
-    def test_04_the_group_is_recorded_before_the_worker_sleeps(self):
-        """What has neither a descriptor nor an environment is known by its group alone."""
-        meeting = self.meeting()
-        self.orphans(
-            "while read -r pid name state rest </proc/$PPID/stat && [ $state != S ]; do :; done; "
-            "kill -STOP $PPID; exec env -i " + self.shut(meeting.here), meeting)
+    def test_04_a_job_never_runs_twice_at_once(self):
+        """Though its worker is killed again and again. So that nobody's luck decides, the job
+        itself stops its worker."""
+        for kind, command in (
+                # At its very first step, and then closes every descriptor.
+                ("just after the spawn", "kill -STOP $PPID; exec %s"),
+                # What has no environment either is known by its group alone.
+                ("before the worker sleeps", "while read -r pid name state rest </proc/$PPID/stat "
+                 "&& [ $state != S ]; do :; done; kill -STOP $PPID; exec env -i %s")):
+            with self.subTest(kind):
+                self.use(kind + ".db")
+                self.configure(backoff_base=0)
+                meeting = self.meeting(kind)
+                self.add("a", command % self.shut(meeting.here), max_retries=100)
+                process = self.workers()
+                pid = meeting.arrived()
+                for _ in range(3):
+                    self.assertTrue(alive(pid))
+                    self.kill_worker()
+                    last, pid = pid, meeting.arrived()
+                    self.assertFalse(alive(last), "two copies")
+                self.assertEqual([run.outcome for run in self.runs("a")], ["lost"] * 3 + [None])
+                os.kill(self.infos()[0].pid, signal.SIGCONT)
+                self.finish(meeting)
+                process.send_signal(signal.SIGTERM)
+                self.ended(process)
 
     def test_04_who_left_the_group_and_the_lock_is_known_by_its_environment(self):
         away, leader = self.meeting("away"), self.meeting("leader")
@@ -5925,30 +5812,23 @@ class Guarantees(Process):
                 other.send_signal(signal.SIGTERM)
                 self.ended(other)
 
-    BUSY = """if 1:
-        import queuectl, sys
-        queuectl.TICK = 2.0
-        sys.exit(queuectl.main(["worker", "start"]))"""
-
-    def test_05_a_busy_worker_looks_again_at_once(self):
-        """It ends what is left of a dead worker's run without waiting for that end, but looks
-        for it long before its next look around, which is slow here."""
+    def test_05_a_busy_worker_rescues(self):
+        """Also where the database never stands still. It ends what is left of a dead worker's run
+        without waiting for that end, but looks for it long before its next look around, which is
+        slow here."""
         lost, long = self.meeting("lost"), self.meeting("long")
         self.add("lost", lost.here, max_retries=5)
         process = self.workers()
-        lost.arrived()
+        pid = lost.arrived()
         self.add("long", long.here)
-        with open(self.path("busy"), "wb") as log:
-            other = subprocess.Popen([sys.executable, "-c", self.BUSY], stderr=log,
-                                     env=dict(self.env, PYTHONPATH=HERE))
-        other.log = self.path("busy")
-        self.processes.append(other)
+        with constants(self, TICK=2.0):
+            self.start("worker", "start")
         long.arrived()
-        pids = [process.pid] + [info.pid for info in self.infos() if info.job == "lost"]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        for victim in [process.pid] + [info.pid for info in self.infos() if info.job == "lost"]:
+            os.kill(victim, signal.SIGKILL)
         process.wait()
-        lost.gone()  # it has been ended
+        with Queue(self.db) as queue:
+            self.until(lambda: queue.pause("nobody") or not alive(pid))
         died = time.monotonic()
         self.until(lambda: self.job("lost").state == "pending")
         self.assertLess(time.monotonic() - died, 1.0)
@@ -6121,18 +6001,11 @@ done
 
 # -- commands: what people do with a queue every day ---------------------------------------
 
-LONG = bool(os.environ.get("QUEUECTL_LONG"))
-MANY = 10000 if LONG else 2000
-
-
-def interruptible():
-    """Between fork and exec: Ctrl-C counts, even where the tests run in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def own_terminal():
     """Between fork and exec: stdin becomes the terminal that controls this session."""
-    interruptible()
+    default_signals()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -6140,10 +6013,8 @@ class Terminal:
     """A program on a terminal of its own, whose screen is read as it comes."""
 
     def __init__(self, case, program, columns=80, lines=24, env=None, **streams):
-        import fcntl
         import pty
         import struct
-        import termios
         self.case, self.shown = case, ""
         self.master, slave = pty.openpty()
         case.addCleanup(self.close)
@@ -6198,16 +6069,32 @@ class Terminal:
 class Everyday(Case):
     """Ways to look at what commands show, on a terminal and off it."""
 
-    def bulk(self, jobs):
-        """JSON Lines of jobs, for stdin."""
-        return "".join(json.dumps(job) + "\n" for job in jobs).encode()
+    def various(self):
+        """Jobs in every final position, by their names."""
+        self.play("""
+            $ queuectl enqueue --file - <<END
+            > {"id": "good", "command": "true"}
+            > {"id": "bad", "command": "false", "max_retries": 1}
+            > {"id": "blocker", "command": "false", "max_retries": 1}
+            > {"id": "off", "command": "true", "delay": 99}
+            > {"id": "stuck", "command": "true", "after": "blocker"}
+            > {"id": "behind", "command": "true", "after": ["stuck", "good"]}
+            > {"id": "orphan", "command": "true", "after": "off"}
+            > END
+            ...
+            $ work
+            good completed
+            bad dead
+            blocker dead
+            $ queuectl cancel off
+            """)
 
     def terminal(self, *words, **options):
         return Terminal(self, (sys.executable, SCRIPT) + words, **options)
 
     def piped(self, *words, **options):
         """Start a command line whose stdout is a pipe."""
-        return self.start(*words, stdout=subprocess.PIPE, preexec_fn=interruptible, **options)
+        return self.start(*words, stdout=subprocess.PIPE, **options)
 
     def read_until(self, process, text):
         """Read a process's stdout until it ends with `text`."""
@@ -6235,12 +6122,7 @@ class Everyday(Case):
 
     def patient(self, *words):
         """Start a worker that nothing but a bell wakes."""
-        program = self.path("patient.py")
-        with open(program, "w") as file:
-            file.write("import sys; sys.path.insert(0, %r); import queuectl\n"
-                       "queuectl.TICK = 1000.0\n"
-                       "if __name__ == '__main__': sys.exit(queuectl.main())\n" % HERE)
-        with mock.patch("%s.SCRIPT" % __name__, program):
+        with constants(self, TICK=1000.0):
             return self.workers(1, *words)
 
     def no_workers_left(self):
@@ -6256,29 +6138,11 @@ class Everyday(Case):
 class Wait(Everyday):
     """wait [ID ...] [--timeout T]"""
 
-    def various(self):
-        """Jobs in every final position, by their names."""
-        self.play("""
-            $ queuectl enqueue --file - <<END
-            > {"id": "good", "command": "true"}
-            > {"id": "bad", "command": "false", "max_retries": 1}
-            > {"id": "stopped", "command": "true", "delay": 99}
-            > {"id": "stuck", "command": "true", "after": "bad"}
-            > {"id": "behind", "command": "true", "after": ["stuck", "good"]}
-            > {"id": "orphan", "command": "true", "after": "stopped"}
-            > END
-            ...
-            $ work
-            good completed
-            bad dead
-            $ queuectl cancel stopped
-            """)
-
     def test_exit_codes(self):
         """0: all completed. 1: any dead, cancelled, or never able to run. 124: --timeout."""
         self.various()
         for ids, left in (("good", ""), ("good good", ""), ("bad bad", "bad is dead"),
-                          ("stopped", "stopped is cancelled"), ("stuck", "stuck is blocked"),
+                          ("off", "off is cancelled"), ("stuck", "stuck is blocked"),
                           ("behind", "behind is blocked"), ("orphan", "orphan is blocked"),
                           ("good bad", "bad is dead"), ("behind good", "behind is blocked")):
             with self.subTest(ids):
@@ -6304,44 +6168,31 @@ class Wait(Everyday):
             ! queuectl: job bad waits: no worker runs ...
             ! queuectl: 1 job has not ended in time
             [124]
-            $ queuectl dlq retry behind
-            $ queuectl wait behind --timeout 0
-            ! queuectl: 1 job has not completed: behind is blocked
-            [1]
             """)
 
     def test_until_they_end(self):
-        """It returns when the jobs that it was asked for end, across a retry."""
-        self.ok("config", "set", "backoff_base", 0)
-        meeting = self.meeting()
-        self.ok("enqueue", "--id", "a", "--max-retries", 2,
-                meeting.here + "; test $QUEUECTL_ATTEMPT = 2")
-        self.workers(1)
-        meeting.arrived()
-        waiting = self.terminal("wait", "a")
-        waiting.until("0 completed, 0 not, 1 left")
-        meeting.let_go()
-        meeting.arrived()
-        self.assertIsNone(waiting.process.poll())
-        meeting.let_go()
-        self.assertEqual(waiting.rest()[0], 0)
-
-    def test_all_that_have_not_ended_now(self):
-        """With none named, later jobs do not prolong it, and earlier failures do not count.
-        On a terminal it shows its progress."""
+        """It returns when the jobs end that it was asked for, across a retry. With none named,
+        later jobs do not prolong it, and earlier failures do not count. On a terminal it shows
+        its progress."""
         self.various()
+        self.ok("config", "set", "backoff_base", 0)
         self.ok("cancel", "stuck", "behind", "orphan")
         meeting = self.meeting()
-        self.ok("enqueue", "--id", "now", meeting.here)
-        waiting = self.terminal("wait")
-        waiting.until("0 completed, 0 not, 1 left")
+        self.ok("enqueue", "--id", "now", "--max-retries", 2,
+                meeting.here + "; test $QUEUECTL_ATTEMPT = 2")
+        waiting = [self.terminal("wait"), self.terminal("wait", "now")]
+        for screen in waiting:
+            screen.until("0 completed, 0 not, 1 left")
         self.ok("enqueue", "--id", "later", "--queue", "unserved", "true")
         self.workers(1, "--queue", "default")
-        meeting.arrived()
-        meeting.let_go()
-        code, shown = waiting.rest()
-        self.assertEqual(code, 0)
-        self.assertIn("1 completed, 0 not, 0 left", shown)
+        for _ in range(2):
+            meeting.arrived()
+            self.assertEqual([screen.process.poll() for screen in waiting], [None] * 2)
+            meeting.let_go()
+        for screen in waiting:
+            code, shown = screen.rest()
+            self.assertEqual(code, 0)
+            self.assertIn("1 completed, 0 not, 0 left", shown)
         self.assertEqual(self.job("later").state, "pending")
 
     def test_one_is_blocked_meanwhile(self):
@@ -6555,7 +6406,18 @@ class Why(Everyday):
             workers   2 workers, 0 busy
             ...
             ! queuectl: jobs wait in mail, which no worker serves; start one: ... --queue mail
+            $ queuectl cancel --queue mail
+            ! queuectl: 2 jobs cancelled
+            # When one runs all is well.
+            $ queuectl enqueue --delay 1h true
+            ...
+            $ queuectl status
+            ...
+            workers   2 workers, 0 busy
+            ...
             """)
+        self.assertEqual(json.loads(self.ok("status", "--json"))["workers"],
+                         json.loads(self.ok("worker", "list", "--json")))
 
     def test_who_looks_on(self):
         """wait, named or not, logs -f, enqueue, and the end of a drain, which goes on to succeed.
@@ -6753,24 +6615,6 @@ class Logs(Everyday):
             if follower is late:
                 self.assertRegex(data, self.NOTE)
 
-    def test_what_is_kept(self):
-        """The first quarter and the rest from the end, and between them a line that says how
-        much is missing; what fits as it is, byte for byte: no UTF-8, NUL and escapes."""
-        text = "".join("%04d" % number for number in range(250))
-        line = "\n[queuectl: %d bytes are not kept (output_limit)]\n"
-        for limit, id, printed, kept in (
-                (100, "long", text, text[:25] + line % 900 + text[-75:]),
-                (100, "fits", text[:100], text[:100]),
-                (100, "over", text[:101], text[:25] + line % 1 + text[26:101]),
-                (0, "none", "12345", line % 5),
-                (100, "raw", r"\377\000\033[31m\r\nx", "\udcff\0\x1b[31m\r\nx")):
-            self.ok("config", "set", "output_limit", limit)
-            self.ok("enqueue", "--id", id, "printf '%s'" % printed)
-            self.drain()
-            self.assertEqual(self.ended(self.piped("logs", id)),
-                             (0, kept.encode("utf-8", "surrogateescape"), ""))
-
-
 class Cancel(Everyday):
     """cancel ID ..., and dlq retry, which takes back what was cancelled"""
 
@@ -6816,8 +6660,12 @@ class Cancel(Everyday):
 
     def test_running(self):
         """A running job is ended, and its record says so."""
-        meeting, _, _ = self.busy("echo begun; %s")
-        self.assertEqual(self.main("cancel", "a")[:2], (0, ""))
+        meeting, _, _ = self.busy("echo begun; %s", queue="q")
+        self.add("b", "true", queue="other", delay=3600)
+        self.play("""
+            $ queuectl cancel --queue q
+            ! queuectl: 1 job cancelled
+            """)
         meeting.gone()
         job = self.until_state("a", "cancelled")
         self.assertIn("cancelled", job.last_error)
@@ -6825,6 +6673,7 @@ class Cancel(Everyday):
         run, = self.runs("a")
         self.assertEqual((run.outcome, run.signal), ("cancelled", signal.SIGTERM))
         self.assertEqual(self.output("a"), b"begun\n")
+        self.assertEqual(self.job("b").view, "scheduled")
 
     def test_by_a_dead_worker(self):
         """A job whose worker and supervisor are dead is ended by whoever cancels it."""
@@ -6842,36 +6691,6 @@ class Cancel(Everyday):
         self.assertEqual(self.job("a").state, "cancelled", (err, self.runs("a")))
         self.drain()
         self.assertEqual([run.outcome for run in self.runs("a")], ["lost"])
-
-    def test_race_in_the_database(self):
-        """Cancel and settle at once: one wins, and both parties learn who."""
-        with Queue(self.db, durable=False) as queue:
-            for number in range(150):
-                id = "job%d" % number
-                queue.enqueue("true", id=id)
-                claim = self.claim(queue)
-                start = threading.Barrier(2)
-                errors = []
-
-                def cancel():
-                    with Queue(self.db, durable=False) as other:
-                        start.wait()
-                        try:
-                            other.cancel([id])
-                        except QueueError as error:
-                            errors.append(str(error))
-                thread = threading.Thread(target=cancel)
-                thread.start()
-                start.wait()
-                settled = self.settle(queue, claim, ("completed", "failed")[number % 2])
-                thread.join()
-                job = queue.get(id)
-                self.assertEqual((job.cancel, job.locked_by), (0, None), "a request is left")
-                if number % 2:  # it failed: the cancel holds, before or after the settle
-                    self.assertEqual((job.state, errors), ("cancelled", []))
-                    self.assertIn(settled.state, ("cancelled", "pending"))
-                else:  # success wins: the cancel was refused, or came too late to matter
-                    self.assertEqual((job.state, settled.state), ("completed", "completed"))
 
     def test_race_with_its_end(self):
         """A job that ends while it is cancelled: it has completed or it was cancelled, its
@@ -6970,11 +6789,6 @@ class Selection(Everyday):
         self.ok("edit", "a", "--queue", "y", "--delay", "0")
         self.until_state("a", "completed")
 
-    def test_a_running_job_is_not_changed(self):
-        meeting, _, _ = self.busy()
-        self.refused("edit", "a", "--priority", 3, code=1, says="processing")
-        self.finish(meeting)
-
     def various(self):
         self.play("""
             $ queuectl enqueue --file - <<END
@@ -7043,18 +6857,6 @@ class Selection(Everyday):
             $ states
             dead: a1 b1; completed: c1; blocked: b2; scheduled: a3
             """)
-
-    def test_running_ones_are_ended(self):
-        meeting, _, _ = self.busy(queue="q")
-        self.add("b", "true", queue="other", delay=3600)
-        self.play("""
-            $ queuectl cancel --queue q
-            ! queuectl: 1 job cancelled
-            """)
-        meeting.gone()
-        self.until_state("a", "cancelled")
-        self.assertEqual(self.job("b").view, "scheduled")
-
 
 class Unique(Everyday):
     """enqueue --unique KEY. (When a key is free again, ModelTest knows.)"""
@@ -7157,17 +6959,6 @@ class After(Everyday):
             completed: end left right root; scheduled: later; pending: new
             """)
 
-    def test_with_workers(self):
-        """Several workers keep the order, and an end wakes who can run now."""
-        log = shlex.quote(self.path("order"))
-        ids = ["job%d" % number for number in range(12)]
-        self.ok("enqueue", "--file", "-", stdin=self.bulk(
-            [{"id": id, "command": "echo %s >>%s" % (id, log), "after": ids[number - 1:number]}
-             for number, id in enumerate(ids)]))
-        self.workers(2)
-        self.ok("wait", "--timeout", "50")
-        self.assertEqual(read_file(self.path("order")).decode().split(), ids)
-
     def test_refused(self):
         """Unknown ids, a job behind itself, and circles: nothing is stored. In a file the
         error names the line, or the job."""
@@ -7181,33 +6972,30 @@ class After(Everyday):
                 ([{"id": "x", "after": ["old", "z"]}, {"id": "y", "after": ["x"]},
                   {"id": "z", "after": ["y"]}, {"id": "free"}], "x y z")):
             jobs = [dict(job, command="true") for job in jobs]
-            self.refused("enqueue", "--file", "-", stdin=self.bulk(jobs), code=1, says=says)
+            self.refused("enqueue", "--file", "-", code=1, says=says,
+                         stdin="\n".join(map(json.dumps, jobs)).encode())
         self.assertEqual(list(self.states()), ["old"])
 
     def test_thousands(self):
         """In a row they run in their order, and a wait for the last one sees at once that the
         first is dead; one releases thousands, which release one. A ladder is no circle."""
-        ids = ["job%d" % number for number in range(MANY)]
+        row, fan = (["%s%d" % (name, number) for number in range(2000)] for name in ("row", "fan"))
+        ladder = ["rung%d" % number for number in range(50)]
         with Queue(self.db, durable=False) as queue:
-            self.ok("enqueue", "--file", "-", stdin=self.bulk(
-                [{"id": id, "command": "true", "max_retries": 1, "after": ids[number - 1:number]}
-                 for number, id in enumerate(ids)]))
+            def add(ids, after):
+                list(queue.enqueue_many({"id": id, "command": "true", "max_retries": 1,
+                                         "after": after(number)} for number, id in enumerate(ids)))
+            add(row, lambda number: row[:number][-1:])
             self.run_next(queue, "failed")
-            self.assertEqual(self.main("wait", ids[-1])[:2], (1, ""))
-            self.assertEqual(self.main("wait")[:2], (1, ""))
-            queue.retry(ids[:1])
-            self.assertEqual(self.run_all(queue), ids)
-            fan = ["fan%d" % number for number in range(MANY)]
-            self.ok("enqueue", "--file", "-", stdin=self.bulk(
-                [{"id": "root", "command": "true"}]
-                + [{"id": id, "command": "true", "after": ["root"]} for id in fan]
-                + [{"id": "end", "command": "true", "after": fan}]))
+            for words in (["wait", row[-1]], ["wait"]):
+                self.assertEqual(self.main(*words)[:2], (1, ""))
+            queue.retry(row[:1])
+            self.assertEqual(self.run_all(queue), row)
+            add(["root"] + fan + ["end"],
+                lambda number: fan if number > len(fan) else ["root"][:number])
             self.assertEqual(self.run_all(queue), ["root"] + fan + ["end"])
-            rungs = ["rung%d" % number for number in range(50)]
-            list(queue.enqueue_many(
-                {"id": id, "command": "true", "after": rungs[number + 1:number + 3]}
-                for number, id in enumerate(rungs)))
-            self.assertEqual(self.run_all(queue), rungs[::-1])
+            add(ladder, lambda number: ladder[number + 1:number + 3])
+            self.assertEqual(self.run_all(queue), ladder[::-1])
 
 
 class Queues(Everyday):
@@ -7584,25 +7372,6 @@ class Detach(Everyday):
         self.assertEqual(self.listed(), [])
         self.refused("worker", "start", "--drain", "--log", "no/such/log", code=1, says="no/such")
 
-    def test_log_is_bounded(self):
-        """A log moves to NAME.1 when it is full: there are two files, neither much larger
-        than the limit, and the newest line is in the first."""
-        path = self.path("worker.log")
-        options = queuectl.StartOptions(path=self.db, count=1, drain=False, queues=[], via=None,
-                                        quiet=False, log=path, name="s")
-        logs = [queuectl.Log(options, "worker %d" % slot) for slot in (1, 2)]
-        with mock.patch("queuectl.LOG_LIMIT", 2000):
-            for number in range(200):
-                logs[number % 2].event("event %03d \x1b[31m" % number)
-                for name in (path, path + ".1"):
-                    if os.path.exists(name):
-                        self.assertLess(os.stat(name).st_size, 2500)
-        lines = (read_file(path + ".1") + read_file(path)).decode().splitlines()
-        self.assertIn("worker 2: event 199", lines[-1])
-        self.assertNotIn("\x1b", "".join(lines))
-        self.assertEqual(sorted(os.listdir(self.dir))[-2:], ["worker.log", "worker.log.1"])
-        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
-
     def test_ensure(self):
         """--ensure starts what is missing to make N for this choice of queues, and no more:
         when 8 do it at once, and after a supervisor has died."""
@@ -7835,50 +7604,53 @@ class Via(Everyday):
 class Prune(Everyday):
     """prune, dlq purge, and the setting keep_completed"""
 
-    def various(self):
-        self.play("""
-            $ queuectl enqueue --file - <<END
-            > {"id": "good", "command": "true"}
-            > {"id": "bad", "command": "false", "max_retries": 1}
-            > {"id": "blocker", "command": "false", "max_retries": 1}
-            > {"id": "off", "command": "true", "delay": 99}
-            > {"id": "behind", "command": "true", "after": ["good", "blocker"]}
-            > END
-            ...
-            $ work
-            good completed
-            bad dead
-            blocker dead
-            $ queuectl cancel off
-            """)
-
     def test_states_and_ages(self):
         """Ended jobs go, or those of one state, or age from their end; others stay, and what an
         unfinished job waits for stays."""
-        every = ["good", "bad", "blocker", "off", "behind"]
-        for number, (words, gone) in enumerate((
-                ("prune", "good bad off"), ("prune --state completed", "good"),
-                ("prune --state dead", "bad"), ("prune --state cancelled", "off"),
-                ("prune --older-than 1h", ""), ("dlq purge --older-than 1h", ""),
-                ("dlq purge", "bad"))):
-            with self.subTest(words):
-                self.db = os.environ["QUEUECTL_DB"] = self.path("%d.db" % number)
-                self.various()
-                code, out, err = self.main(*words.split())
-                self.assertEqual((code, out), (0, ""))
-                self.assertEqual(re.findall(r"\d+", err), [str(len(gone.split()))])
-                self.assertEqual(list(self.states()), [id for id in every
-                                                       if id not in gone.split()])
+        self.various()
         self.play("""
-            $ later 2h
-            $ queuectl enqueue --id new true
-            new
-            $ work
-            new completed
             $ queuectl prune --older-than 1h
-            ! queuectl: 2 jobs deleted
+            ! queuectl: 0 jobs deleted
+            $ queuectl dlq purge --older-than 1h
+            ! queuectl: 0 dead jobs deleted
+            $ queuectl prune --state completed
+            ! queuectl: 1 job deleted
+            $ queuectl prune --state dead
+            ! queuectl: 1 job deleted
+            $ queuectl prune --state cancelled
+            ! queuectl: 0 jobs deleted
             $ states
-            dead: blocker; blocked: behind; completed: new
+            dead: blocker; cancelled: off; blocked: stuck behind orphan
+            $ queuectl enqueue --id old --max-retries 1 false
+            old
+            $ work
+            old dead
+            $ queuectl cancel orphan
+            $ later 2h
+            $ queuectl enqueue --id d1 --max-retries 1 false
+            d1
+            $ work
+            d1 dead
+            $ queuectl dlq purge --older-than 1h
+            ! queuectl: 1 dead job deleted
+            $ queuectl prune --older-than 1h
+            ! queuectl: 1 job deleted
+            $ states
+            dead: blocker d1; cancelled: off; blocked: stuck behind
+            $ queuectl dlq purge
+            ! queuectl: 1 dead job deleted
+            $ queuectl enqueue --lines - --max-retries 1 <<END
+            > true
+            > false
+            > END
+            ...
+            $ work
+            ...
+            # One that has completed, one that is dead, and what was cancelled.
+            $ queuectl prune
+            ! queuectl: 3 jobs deleted
+            $ states
+            dead: blocker; blocked: stuck behind
             """)
 
     def test_rows_and_space(self):
@@ -7907,19 +7679,14 @@ class Prune(Everyday):
         with Queue(self.db, durable=False) as queue:
             list(queue.enqueue_many({"command": "true"} for _ in range(250)))
             self.run_all(queue)
-        program = self.path("often.py")
-        with open(program, "w") as file:
-            file.write("import sys; sys.path.insert(0, %r); import queuectl\n"
-                       "queuectl.HOUSEKEEPING = 0.01\n"
-                       "if __name__ == '__main__': sys.exit(queuectl.main())\n" % HERE)
-        with mock.patch("%s.SCRIPT" % __name__, program):
+        with constants(self, HOUSEKEEPING=0.01):
             self.workers(1)
         self.ok("enqueue", "--id", "mark", "true")  # the worker has been idle, and is again
         self.until_state("mark", "completed")
-        self.assertEqual(len(self.states()), 256)
+        self.assertEqual(len(self.states()), 258)
         self.ok("config", "set", "keep_completed", "0.001")
-        self.until(lambda: len(self.states()) == 4)
-        self.assertEqual(list(self.states()), ["bad", "blocker", "off", "behind"])
+        self.until(lambda: len(self.states()) == 6)
+        self.assertNotIn("completed", self.states().values())
 
 
 class Metrics(Everyday):
@@ -8122,21 +7889,6 @@ class Status(Everyday):
             1 1
             """)
 
-    def test_workers(self):
-        """When one runs all is well, unless jobs wait that nobody serves."""
-        self.ok("enqueue", "--delay", "1h", "true")
-        self.workers(2, "--queue", "default")
-        self.assertEqual(self.main("status")[::2], (0, ""))
-        self.assertNotIn("no worker", self.ok("status"))
-        workers = json.loads(self.ok("status", "--json"))["workers"]
-        self.assertEqual(sorted(info["slot"] for info in workers), [1, 2])
-        self.assertEqual(workers, json.loads(self.ok("worker", "list", "--json")))
-        self.ok("enqueue", "--queue", "mail", "true")
-        self.assertEqual(self.main("status")[2],
-                         "queuectl: jobs wait in mail, which no worker serves; start one: "
-                         "queuectl.py worker start --queue mail\n")
-        self.assertIn("\nworkers   2 workers, 0 busy\n", self.ok("status"))
-
     def test_what_runs_again_and_what_is_paused(self):
         """What a job's JSON says of its end is of the runs that count; a queue without a job may
         be paused, which is said; settings are listed in the words of the command line."""
@@ -8332,8 +8084,6 @@ class Completion(Everyday):
 
     def setUp(self):
         super().setUp()
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.dir)
         for id in ("job:1", "job:2", "other", "odd;id"):
             self.ok("enqueue", "--id", id, "true")
         self.ok("enqueue", "--id", "2", "--queue", "mail", "true")
@@ -8378,10 +8128,6 @@ class Completion(Everyday):
                     self.assertTrue(all(id.startswith(prefix) for id in found))
             self.assertIn("other", queue.ids("o"))  # though it is none of the newest 10,000
 
-    def test_usage(self):
-        self.refused("completion", "tcsh", code=2)
-        self.refused("completion", code=2)
-
     TYPED = (  # what is typed, and the arguments that the program gets
         ("sho\tother", "show other"), ("worker sta\t--dr\t", "worker start --drain"),
         ("show job:\t2", "show job:2"), ("list --state comp\t", "list --state completed"),
@@ -8389,51 +8135,26 @@ class Completion(Everyday):
         ("config get kee\t", "config get keep_completed"), ("dlq retry ot\t", "dlq retry other"))
 
     def type_in(self, *shell, prepare):
-        """Type into a real shell. What is called there writes down its arguments, and the program
-        that was asked stands in a folder with a blank in its name."""
-        import fcntl
-        import pty
-        import termios
-
-        def take_terminal():
-            default_signals()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
+        """Type into a real shell. What is called there shows its arguments, and the program that
+        was asked stands in a folder with a blank in its name."""
         os.mkdir(self.path("a folder"))
-        shutil.copy(SCRIPT, self.path("a folder", "queuectl.py"))
-        script = self.path("script")
+        asked = self.path("a folder", "queuectl.py")
+        shutil.copy(SCRIPT, asked)
         for name in ("queuectl", "queuectl.py"):
             with open(self.path(name), "w") as file:
-                file.write('#!/bin/sh\ncd "%s" && echo "$@" >new && mv new typed\n' % self.dir)
+                file.write('#!/bin/sh\necho "got <$*>"\n')
             os.chmod(file.name, 0o700)
+        script = self.path("script")
         with open(script, "wb") as file:
-            file.write(subprocess.check_output([
-                sys.executable, self.path("a folder", "queuectl.py"), "completion", shell[0]]))
-        env = dict(self.env, PATH=self.dir + os.pathsep + self.env["PATH"], TERM="xterm")
-        master, slave = pty.openpty()
-        self.addCleanup(os.close, master)
-        process = subprocess.Popen(shell, stdin=slave, stdout=slave, stderr=slave, env=env,
-                                   start_new_session=True, preexec_fn=take_terminal)
-        os.close(slave)
-        self.processes.append(process)
-        threading.Thread(target=self.read_all, args=(os.dup(master),), daemon=True).start()
-        os.write(master, (prepare % script).encode() + b"\r")
-        for number, (keys, words) in enumerate(self.TYPED):
-            program = ("queuectl", "queuectl.py", "./queuectl.py",
-                       self.path("queuectl"))[number % 4]
-            os.write(master, ("%s %s\r" % (program, keys)).encode())
-            self.until(lambda: os.path.exists(self.path("typed")), "nothing came of " + keys)
-            self.assertEqual(read_file(self.path("typed")).decode().strip(), words, self.screen)
-            os.unlink(self.path("typed"))
-        os.write(master, b"exit\r")
-
-    def read_all(self, fd):
-        with contextlib.suppress(OSError):
-            while True:
-                self.screen += os.read(fd, 10000)
-        os.close(fd)
-
-    screen = b""
+            file.write(subprocess.check_output([sys.executable, asked, "completion", shell[0]]))
+        screen = Terminal(self, shell, env={"PATH": self.dir + os.pathsep + self.env["PATH"]})
+        screen.press((prepare % script).encode() + b"\r")
+        programs = ("queuectl", "queuectl.py", "./queuectl.py", self.path("queuectl"))
+        for program, (keys, words) in zip(itertools.cycle(programs), self.TYPED):
+            screen.press(("%s %s\r" % (program, keys)).encode())
+            self.assertEqual(screen.until("got <(.*?)>").group(1).strip(), words)
+            screen.shown = ""
+        screen.press(b"exit\r")
 
     @unittest.skipUnless(shutil.which("bash"), "bash is not installed")
     def test_bash(self):
@@ -8466,21 +8187,13 @@ class WebCase(Everyday):
            "\"'><img/src=x/onerror=document.title='owned'>",
            "</script><svg/onload=document.title='owned'>")
 
-    def serve(self, *words, **constants):
+    def serve(self, *words, **values):
         """Start `web`, with other values of the room's constants."""
-        code = "import sys; sys.path.insert(0, %r); import queuectl; vars(queuectl).update(%r); " \
-            "sys.exit(queuectl.main(sys.argv[1:]))" % (HERE, constants)
-        log = self.path("web-%d" % len(self.processes))
-        with open(log, "wb") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-c", code, "web", *words], stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=errors, env=self.env, start_new_session=True,
-                preexec_fn=default_signals)
-        process.log = log
-        self.processes.append(process)
+        with constants(self, **values):
+            process = self.start("web", *words, stdout=subprocess.PIPE)
         self.url = process.stdout.readline().decode().strip()
         found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?ticket=([\w-]{40,})", self.url)
-        self.assertTrue(found, self.url + read_file(log).decode())
+        self.assertTrue(found, self.url + read_file(process.log).decode())
         self.port, self.ticket, self.cookie = int(found.group(1)), found.group(2), ""
         return process
 
@@ -8516,6 +8229,15 @@ class WebCase(Everyday):
         self.assertEqual(status, 200)
         self.cookie = headers["Set-Cookie"].partition(";")[0]
         return headers, body.decode()
+
+    def poison(self):
+        """Dead jobs, each of which is full of what would be a script in a page."""
+        queue = self.queue()
+        for text in self.XSS:
+            word = re.sub(r"\s", "", text)
+            queue.enqueue(text, id=word, queue=word, max_retries=1,
+                          env={text.replace("=", ""): text})
+            self.run_next(queue, "failed", error=text, output=text.encode())
 
     def look(self, path, **asked):
         status, headers, body = self.request("GET", path + "?" + urllib.parse.urlencode(asked))
@@ -8573,69 +8295,46 @@ class Web(WebCase):
         host = "127.0.0.1:%d" % self.port
         self.add("a", "true")
         good = json.dumps({"command": "touch owned"}).encode()
-        for status, method, path, body, headers in (
-                (403, "GET", "/jobs", None, {"Cookie": None}),
-                (403, "GET", "/events", None, {"Cookie": ""}),
-                (403, "GET", "/jobs", None, {"Cookie": "queuectl-%d=x" % self.port}),
-                (403, "GET", "/jobs", None, {"Cookie": "queuectl-1" + self.cookie[10:]}),
-                (403, "GET", "/nowhere", None, {"Cookie": ""}),
-                (403, "POST", "/enqueue", good, {"Cookie": self.cookie[:-1]}),
-                (403, "POST", "/enqueue", good, {"Cookie": self.cookie + "\u00e9"}),
-                (403, "GET", "/?ticket=x", None, {"Cookie": ""}),
-                (403, "GET", "/?ticket=%ff%00", None, {"Cookie": ""}),
-                (403, "GET", "/", None, {"Host": "evil.example.org"}),
-                (403, "GET", "/", None, {"Host": "127.0.0.1.evil.org:%d" % self.port}),
-                (403, "GET", "/", None, {"Host": "0.0.0.0:%d" % self.port}),
-                (403, "GET", "/", None, {"Host": None}),
-                (403, "GET", "/", None, {"host": "evil.example.org"}),  # two of them
-                (403, "POST", "/enqueue", good, {"Origin": "http://evil.example.org"}),
-                (403, "POST", "/enqueue", good, {"Origin": "null"}),
-                (403, "POST", "/enqueue", good, {"Origin": "http://127.0.0.1:1"}),
-                (403, "POST", "/enqueue", good, {"Origin": "https://" + host}),
-                (403, "GET", "/jobs", None, {"Origin": "http://evil.example.org"}),
-                (403, "POST", "/enqueue", good, {"X-Queuectl": None}),
-                (403, "POST", "/enqueue", good, {"X-Queuectl": "0"}),
-                (404, "GET", "/nowhere", None, {}), (404, "GET", "/../etc/passwd", None, {}),
-                (404, "POST", "/jobs/", good, {}),
-                (405, "GET", "/enqueue?command=true", None, {}),
-                (405, "GET", "/cancel?id=a", None, {}), (405, "GET", "/pause", None, {}),
-                (405, "POST", "/jobs", b"{}", {}), (405, "POST", "/", b"{}", {}),
-                (405, "PUT", "/enqueue", good, {}), (405, "OPTIONS", "/enqueue", None, {}),
-                (405, "DELETE", "/", None, {}), (405, "BREW", "/", None, {}),
-                (411, "POST", "/enqueue", None, {"Content-Length": None}),
-                (411, "POST", "/enqueue", b"2\r\n{}\r\n0\r\n\r\n", {
-                    "Content-Length": None, "Transfer-Encoding": "chunked"}),
-                (413, "POST", "/enqueue", None, {"Content-Length": str(1 << 30)}),
-                (400, "POST", "/enqueue", None, {"Content-Length": "-1"}),
-                (400, "POST", "/enqueue", None, {"Content-Length": "9" * 99}),
-                (400, "POST", "/enqueue", b"", {}), (400, "POST", "/enqueue", b"{", {}),
-                (400, "POST", "/enqueue", b"[]]", {}), (400, "POST", "/enqueue", b"7", {}),
-                (400, "POST", "/enqueue", b"null", {}), (400, "POST", "/enqueue", b'"x"', {}),
-                (400, "POST", "/enqueue", b"[" * 100000, {}),
-                (400, "POST", "/enqueue", b"\xff", {}),
-                (400, "POST", "/enqueue", b'{"command": " "}', {}),
-                (400, "POST", "/enqueue", b'{"command": "true", "shell": 1}', {}),
-                (400, "POST", "/enqueue", b'{"command": "true", "id": "a"}', {}),
-                (400, "POST", "/enqueue", b'{"command": "\\ud800"}', {}),
-                (400, "POST", "/cancel", b"{}", {}), (400, "POST", "/cancel", b'{"id": null}', {}),
-                (400, "POST", "/cancel", b'{"id": "nobody"}', {}),
-                (400, "POST", "/cancel", b'{"id": [["a"]]}', {}),
-                (400, "POST", "/retry", b'{"id": "a"}', {}),
-                (400, "POST", "/purge", b'{"id": "a"}', {}),
-                (400, "POST", "/edit", b'{"id": "a", "unique": "b"}', {}),
-                (400, "POST", "/edit", b'{"id": "a", "priority": "high"}', {}),
-                (400, "POST", "/pause", b"{}", {}), (400, "POST", "/pause", b'{"queue": "*"}', {}),
-                (400, "POST", "/retry-all", b'{"queue": {}}', {}),
-                (400, "POST", "/limit", b'{"queue": "q"}', {}),
-                (400, "POST", "/limit", b'{"queue": "q", "number": 0}', {}),
-                (400, "POST", "/limit", b'{"queue": null, "number": 1}', {}),
-                (400, "GET", "/job", None, {}), (400, "GET", "/job?id=nobody", None, {}),
-                (400, "GET", "/job?id=a&run=x", None, {}), (400, "GET", "/job?id=%00", None, {}),
-                (400, "GET", "/jobs?state=odd", None, {}),
-                (400, "GET", "/jobs?before=-1", None, {}),
-                (400, "GET", "/jobs?before=1e99", None, {}),
-                (400, "GET", "http://[/", None, {}), (414, "GET", "/" + "a" * 70000, None, {}),
-                (431, "GET", "/", None, {"h%d" % number: "x" for number in range(200)})):
+        rows = [(403, "GET", "/jobs", None, {"Cookie": cookie}) for cookie in (
+            None, "", "queuectl-%d=x" % self.port, "queuectl-1" + self.cookie[10:])]
+        rows += [(403, "GET", path, None, {"Cookie": ""}) for path in (
+            "/events", "/nowhere", "/?ticket=x", "/?ticket=%ff%00")]
+        rows += [(403, "GET", "/", None, {"Host": name}) for name in (
+            None, "evil.example.org", "127.0.0.1.evil.org:%d" % self.port,
+            "0.0.0.0:%d" % self.port)]
+        rows += [(403, "POST", "/enqueue", good, headers) for headers in (
+            {"Cookie": self.cookie[:-1]}, {"Cookie": self.cookie + "\u00e9"},
+            {"Origin": "http://evil.example.org"}, {"Origin": "null"},
+            {"Origin": "http://127.0.0.1:1"}, {"Origin": "https://" + host},
+            {"X-Queuectl": None}, {"X-Queuectl": "0"})]
+        rows += [(403, "GET", "/", None, {"host": "evil.example.org"}),  # two of them
+                 (403, "GET", "/jobs", None, {"Origin": "http://evil.example.org"})]
+        rows += [(status, method, path, body, {}) for status, method, body, paths in (
+            (404, "GET", None, "/nowhere /../etc/passwd"), (404, "POST", good, "/jobs/"),
+            (405, "GET", None, "/enqueue?command=true /cancel?id=a /pause"),
+            (405, "POST", b"{}", "/jobs /"), (405, "PUT", good, "/enqueue"),
+            (405, "OPTIONS", None, "/enqueue"), (405, "DELETE", None, "/"),
+            (405, "BREW", None, "/"), (414, "GET", None, "/" + "a" * 70000),
+            (400, "GET", None, "/job /job?id=nobody /job?id=a&run=x /job?id=%00 /jobs?state=odd "
+             "/jobs?before=-1 /jobs?before=1e99 http://[/")) for path in paths.split()]
+        rows += [(status, "POST", "/enqueue", body, headers) for status, body, headers in (
+            (411, None, {"Content-Length": None}),
+            (411, b"2\r\n{}\r\n0\r\n\r\n", {"Content-Length": None,
+                                              "Transfer-Encoding": "chunked"}),
+            (413, None, {"Content-Length": str(1 << 30)}),
+            (400, None, {"Content-Length": "-1"}), (400, None, {"Content-Length": "9" * 99}))]
+        rows += [(431, "GET", "/", None, {"h%d" % number: "x" for number in range(200)})]
+        rows += [(400, "POST", path, body, {}) for path, bodies in (
+            ("/enqueue", (b"", b"{", b"[]]", b"7", b"null", b'"x"', b"[" * 100000, b"\xff",
+                          b'{"command": " "}', b'{"command": "true", "shell": 1}',
+                          b'{"command": "true", "id": "a"}', b'{"command": "\\ud800"}')),
+            ("/cancel", (b"{}", b'{"id": null}', b'{"id": "nobody"}', b'{"id": [["a"]]}')),
+            ("/retry", [b'{"id": "a"}']), ("/purge", [b'{"id": "a"}']),
+            ("/edit", (b'{"id": "a", "unique": "b"}', b'{"id": "a", "priority": "high"}')),
+            ("/pause", (b"{}", b'{"queue": "*"}')), ("/retry-all", [b'{"queue": {}}']),
+            ("/limit", (b'{"queue": "q"}', b'{"queue": "q", "number": 0}',
+                        b'{"queue": null, "number": 1}'))) for body in bodies]
+        for status, method, path, body, headers in rows:
             with self.subTest(method + " " + path[:40], body=body and body[:40], **headers if
                               len(headers) < 9 else {}):
                 answer = self.request(method, path, body, headers)
@@ -8654,13 +8353,9 @@ class Web(WebCase):
             self.assertEqual((queue.paused(), queue.limits()), ([], {}))
         self.assertRegex(read_file(process.log), rb"\Aqueuectl: [^\n]+\n\Z")
         self.assertIsNone(process.poll())
-
-    def test_by_the_name_localhost(self):
-        """As through ssh -L, where the browser knows another port."""
-        self.serve()
-        self.open()
-        self.assertEqual(self.request("GET", "/jobs", Host="localhost:9", Origin="http://localhost:9")
-                         [0], 200)
+        # As through ssh -L, where the browser knows another port.
+        self.assertEqual(self.request("GET", "/jobs", Host="localhost:9",
+                                      Origin="http://localhost:9")[0], 200)
 
     def test_what_it_does(self):
         queue = self.queue()
@@ -8830,18 +8525,13 @@ class Web(WebCase):
         self.serve()
         self.open()
         tab = self.events()
-        pids = [info.pid for info in self.infos()] + [supervisor.pid]
+        pids = [supervisor.pid] + [info.pid for info in self.queue().workers()]
         while not next(tab)["workers"]:
             pass
-        for pid in (supervisor.pid, *pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
         while next(tab)["workers"]:
             pass
-
-    def infos(self):
-        with Queue(self.db) as queue:
-            return queue.workers()
 
     def test_slow_clients_and_many_connections_hurt_nobody(self):
         process = self.serve(REQUEST_TIME=1.5)
@@ -8866,22 +8556,19 @@ class Web(WebCase):
                 connection.close()
         self.assertRegex(read_file(process.log), rb"\Aqueuectl: [^\n]+\n\Z")
 
-    def test_several_serve_at_once_and_a_port_has_one(self):
+    def test_where_it_listens(self):
+        """On this machine only. Several serve at once, and a port has one."""
         self.serve()
         port = self.port
         self.open()
+        if os.path.exists("/proc/net/tcp"):
+            sockets = map(str.split, read_file("/proc/net/tcp").decode().splitlines())
+            self.assertEqual([line[1] for line in sockets if line[3] == "0A"
+                              and line[1].endswith(":%04X" % port)], ["0100007F:%04X" % port])
         self.assertIn("cannot listen on 127.0.0.1:%d" % port, self.refused("web", "--port", port))
         self.assertEqual(self.refused("web", "--port", "65536", code=2)[:9], "queuectl:")
         self.serve()
         self.open()
-
-    def test_it_listens_on_this_machine_only(self):
-        self.serve()
-        sockets = [line.split() for line in read_file("/proc/net/tcp").decode().splitlines()] \
-            if os.path.exists("/proc/net/tcp") else []
-        found = [line[1] for line in sockets if line[1].endswith(":%04X" % self.port)
-                 and line[3] == "0A"]
-        self.assertEqual(found, ["0100007F:%04X" % self.port] * bool(sockets))
 
     def test_its_end(self):
         process = self.serve()
@@ -8896,12 +8583,7 @@ class Web(WebCase):
 
     def test_text_from_jobs_is_never_html(self):
         """It travels as JSON, which no browser takes for a page."""
-        queue = self.queue()
-        for number, text in enumerate(self.XSS):
-            word = re.sub(r"\s", "", text)
-            queue.enqueue(text, id=word, queue=word, env={text.replace("=", ""): text})
-            claim = self.claim(queue)
-            self.settle(queue, claim, "failed", error=text, output=text.encode())
+        self.poison()
         self.serve()
         _, page = self.open()
         self.assertNotIn("owned", page)
@@ -9025,6 +8707,14 @@ class Browser(WebCase):
         self.seen("document.querySelector(%r)" % selector)
         self.browser.js("document.querySelector(%r).click()" % selector)
 
+    def fill(self, **values):
+        """Fill in the dialog that is open, and send it."""
+        for name, value in values.items():
+            self.seen("document.querySelector('[name=%s]')" % name)
+            self.browser.js("document.querySelector('[name=%s]').value = %s"
+                            % (name, json.dumps(value)))
+        self.click("dialog .main")
+
     def done(self):
         self.assertTrue(self.browser.js("window.same"))
         self.assertEqual(self.browser.complaints, [])
@@ -9035,11 +8725,8 @@ class Browser(WebCase):
         self.assertEqual(self.browser.js("location.search"), "")  # the ticket has gone
         self.click("[data-act=enqueue]")
         meeting = self.meeting()
-        for name, value in (("command", "echo before; %s; echo after; exit 3" % meeting.here),
-                            ("id", "job"), ("queue", "mail")):
-            self.browser.js("document.querySelector('[name=%s]').value = %s"
-                            % (name, json.dumps(value)))
-        self.click("dialog .main")
+        self.fill(command="echo before; %s; echo after; exit 3" % meeting.here, id="job",
+                  queue="mail")
         self.seen("document.querySelector('#sheet h2')?.innerText === 'job'")
         self.seen("document.querySelector('dd.waits')?.innerText.includes('no worker runs')")
         with Queue(self.db) as queue:
@@ -9062,8 +8749,7 @@ class Browser(WebCase):
         self.assertIn("job", self.text("#jobs code")[0])
         self.click("#jobs a")
         self.click("#sheet [data-act=edit]")
-        self.browser.js("document.querySelector('[name=command]').value = 'echo again'")
-        self.click("dialog .main")
+        self.fill(command="echo again")
         self.seen("document.querySelector('#sheet pre').innerText === 'echo again'")
         self.click("#sheet [data-act=retry]")
         self.seen("document.querySelector('#sheet .row .state').innerText === 'completed'")
@@ -9083,15 +8769,12 @@ class Browser(WebCase):
         self.click("#switch [data-act=resume]")
         self.click("#queues [data-act=resume]")
         self.click("#queues [data-act=limit]")
-        self.browser.js("document.querySelector('[name=number]').value = 'many'")
-        self.click("dialog .main")  # is refused, and says why
+        self.fill(number="many")  # is refused, and says why
         self.seen("document.querySelector('#refused')?.innerText.includes('not a number')")
-        self.browser.js("document.querySelector('[name=number]').value = '2'")
-        self.click("dialog .main")
+        self.fill(number="2")
         self.seen("document.querySelector('#queues').innerText.includes('limit 2')")
         self.click("#queues [data-act=limit]")
-        self.browser.js("document.querySelector('[name=number]').value = ''")
-        self.click("dialog .main")
+        self.fill(number="")
         self.seen("!document.querySelector('#queues').innerText.includes('limit 2')")
         with Queue(self.db) as queue:
             self.assertEqual((queue.limits(), queue.paused()), ({}, []))
@@ -9143,12 +8826,7 @@ class Browser(WebCase):
         self.done()
 
     def test_text_from_jobs_is_only_text(self):
-        queue = self.queue()
-        for number, text in enumerate(self.XSS):
-            word = re.sub(r"\s", "", text)
-            queue.enqueue(text, id=word, queue=word, max_retries=1,
-                          env={text.replace("=", ""): text})
-            self.settle(queue, self.claim(queue), "failed", error=text, output=text.encode())
+        self.poison()
         self.visit()
         self.seen("document.querySelectorAll('#jobs a').length === 4")
         for text in self.XSS:
