@@ -4999,11 +4999,8 @@ class Guarantees(Process):
     def test_08_damage_within_is_told(self):
         """Where SQLite itself sees none: text that is none, and JSON that is none."""
         self.add("a", "true", env={"NAME": "x"})
-        for damage in ("UPDATE jobs SET env = '!'", "UPDATE jobs SET command = CAST(x'ff' AS TEXT)",
-                       "UPDATE jobs SET env = NULL"):
-            self.sql(damage)
-            if damage.endswith("NULL"):
-                break
+        for damage in ("env = '!'", "command = CAST(x'ff' AS TEXT)"):
+            self.sql("UPDATE jobs SET " + damage)
             for words in (("list",), ("list", "--json"), ("show", "a")):
                 self.refused(*words, code=1, says="corrupt")
             code, out, err = self.cli("worker", "start", "--drain", "--quiet")
@@ -5011,6 +5008,7 @@ class Guarantees(Process):
             self.assertIn("is corrupt; restore a copy of it", err)
             self.assertNotIn("Traceback", err)
             self.assertEqual(self.sql("SELECT state, attempts FROM jobs"), [("pending", 0)])
+        self.sql("UPDATE jobs SET env = NULL")
         data = read_file(self.db)
         at = data.index(b"CREATE TABLE jobs")
         with open(self.db, "r+b") as file:
@@ -5319,49 +5317,40 @@ class Guarantees(Process):
         self.assertEqual(self.job("a").state, "completed")
         self.assertNotIn("locked", self.log(process))
 
-    HOOKED = """if 1:
-        import os, sys
-        def hook(event, arguments):
-            if event == "open" and str(arguments[0]).rstrip("'").endswith(("q.db", "q.db-shm")) \\
-                    and not arguments[2] & os.O_EXCL:  # only what is there can be looked at
-                os.write(2, ("OPENED %s\\n" % arguments[0]).encode())
-        sys.addaudithook(hook)
-        import queuectl
-        code = queuectl.main(sys.argv[2:])
-        if sys.argv[1] == "control":
-            os.close(os.open(os.environ["QUEUECTL_DB"], os.O_RDONLY))
-        sys.exit(code)"""
-
     def test_12_the_database_is_never_opened(self):
+        hooked = self.path("hooked.py")
+        with open(hooked, "w") as file:
+            file.write(textwrap.dedent("""
+                import os, sys
+                def hook(event, arguments):
+                    if event == "open" and str(arguments[0]).rstrip("'").endswith(
+                            ("q.db", "q.db-shm")) and not arguments[2] & os.O_EXCL:
+                        os.write(2, ("OPENED %s\\n" % arguments[0]).encode())
+                sys.addaudithook(hook)
+                import queuectl
+                code = queuectl.main()
+                if "CONTROL" in os.environ:
+                    os.close(os.open(os.environ["QUEUECTL_DB"], os.O_RDONLY))
+                sys.exit(code)"""))
+        self.env["PYTHONPATH"] = HERE
         meeting = self.meeting()
-        for words in (("enqueue", "--id", "a", "--max-retries", "1", "echo x; exit 1"),
-                      ("enqueue", "--id", "b", "true"),
-                      ("status",), ("list",), ("pause",), ("resume",),
-                      ("worker", "start", "--drain", "--count", "2"), ("logs", "a"), ("show", "a"),
-                      ("dlq", "retry", "a"), ("cancel", "a"), ("worker", "list"), ("prune",),
-                      ("control", "status")):
-            done = subprocess.run(
-                [sys.executable, "-c", self.HOOKED, "control" if words[0] == "control" else ""]
-                + list(words[words[0] == "control":]), env=dict(
-                    self.env, PYTHONPATH=HERE), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            self.assertEqual(done.returncode, 0, done.stderr)
-            self.assertEqual(done.stderr.count(b"OPENED"), words[0] == "control", done.stderr)
-        # While a job runs, and is rescued: the supervisor and its workers look often then.
-        self.add("c", meeting.here, max_retries=3)
-        with open(self.path("hooked"), "wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-c", self.HOOKED, "", "worker", "start"], stderr=log,
-                env=dict(self.env, PYTHONPATH=HERE))
-        process.log = self.path("hooked")
-        self.processes.append(process)
-        meeting.arrived()
-        os.kill(self.infos()[0].pid, signal.SIGKILL)
-        meeting.arrived()
-        meeting.let_go()
-        self.until_state("c", "completed")
-        process.send_signal(signal.SIGTERM)
-        self.ended(process)
-        self.assertNotIn("OPENED", self.log(process))
+        with mock.patch("%s.SCRIPT" % __name__, hooked):
+            for line in ("enqueue --id a --max-retries 1 false", "enqueue --id b true", "status",
+                         "list", "pause", "resume", "worker start --drain --count 2", "logs a",
+                         "show a", "dlq retry a", "cancel a", "worker list", "prune"):
+                code, _, err = self.cli(*line.split())
+                self.assertEqual((code, err.count("OPENED")), (0, 0), (line, err))
+            self.assertIn("OPENED", self.cli("status", env={"CONTROL": "1"})[2])
+            # While a job runs, and is rescued: the supervisor and its workers look often then.
+            self.add("c", meeting.here, max_retries=3)
+            process = self.workers()
+            meeting.arrived()
+            self.kill_worker()
+            meeting.arrived()
+            self.finish(meeting, "c")
+            process.send_signal(signal.SIGTERM)
+            self.ended(process)
+            self.assertNotIn("OPENED", self.log(process))
 
     @linux
     def test_12_no_connection_crosses_a_fork(self):
@@ -6391,8 +6380,8 @@ class Why(Everyday):
                          json.loads(self.ok("worker", "list", "--json")))
 
     def test_who_looks_on(self):
-        """wait, named or not, logs -f, enqueue, and the end of a drain, which goes on to succeed.
-        What they say can be pasted: it begins with the program as it was called."""
+        """wait, named or not, enqueue, and the end of a drain, which goes on to succeed (logs -f:
+        see Logs). What they say can be pasted: it begins with the program as it was called."""
         self.play("""
             $ queuectl enqueue --id a true
             a
@@ -6406,11 +6395,6 @@ class Why(Everyday):
             ! queuectl: job a waits: all queues are paused (to go on: queuectl.py resume); no ...
             ! queuectl: 1 job has not ended in time
             [124]
-            """)
-        screen = self.terminal("logs", "-f", "a")
-        screen.until("queuectl: job a waits: all queues are paused")
-        self.interrupted(screen)
-        self.play("""
             $ queuectl worker start --drain
             ! ...
             ! queuectl: 1 job left in the queue default; job a waits: all queues are paused ...
@@ -6492,15 +6476,6 @@ class Logs(Everyday):
             [2]
             """)
 
-    def test_running(self):
-        """What a running job has printed so far."""
-        meeting, _, _ = self.busy("echo begin; %s; echo end")
-        self.until(lambda: self.ok("logs", "a"))
-        self.assertEqual(self.ok("logs", "a"), "begin\n")
-        self.assertEqual(self.ok("logs", "a", "--run", 1), "begin\n")
-        self.finish(meeting)
-        self.assertEqual(self.ok("logs", "a"), "begin\nend\n")
-
     def test_follow(self):
         """-f goes with a job from before its start, run after run, to its end, and ends by
         itself: through a pipe, on a terminal, and with --run at the end of that run."""
@@ -6544,9 +6519,12 @@ class Logs(Everyday):
         self.interrupted(screen)
         self.read_until(follower, b"here\n")
         follower.stdout.close()
+        for words in ([], ["--run", 1]):  # what it has printed so far
+            self.assertEqual(self.ok("logs", "a", *words), "here\n")
         meeting.let_go()
         self.assertEqual((follower.wait(PATIENCE), read_file(follower.log)), (0, b""))
         self.assertEqual(self.until_state("a", "completed", "dead").state, "completed")
+        self.assertEqual(self.ok("logs", "a"), "here\ntwo\n")
 
     def heard(self, data):
         """(bytes of output, bytes that notes say were missed) of what a follower printed."""
@@ -7281,6 +7259,12 @@ class Detach(Everyday):
                                               says="did not start"))
         self.assertEqual(self.listed(), [])
         self.refused("worker", "start", "--drain", "--log", "no/such/log", code=1, says="no/such")
+
+    def test_what_is_logged_is_safe_for_a_terminal(self):
+        options = queuectl.StartOptions(path=self.db, count=1, drain=False, queues=[], via=None,
+                                        quiet=False, log=self.path("log"), name="s")
+        queuectl.Log(options, "worker 1").event("red \x1b[31m")
+        self.assertRegex(read_file(options.log), rb"worker 1: red [^\x1b\n]+\n\Z")
 
     def test_ensure(self):
         """--ensure starts what is missing to make N for this choice of queues, and no more:
