@@ -4601,6 +4601,11 @@ class Guarantees(Process):
     WAL_WRITE = re.compile(r"(?:pwrite64|write|pwritev2?)\(\d+<[^>]*q\.db-wal>")
     WAL_SYNC = re.compile(r"(?:fsync|fdatasync)\(\d+<[^>]*q\.db-wal>\)")
 
+    def stop(self, process):
+        """End workers in their own time."""
+        process.send_signal(signal.SIGTERM)
+        self.ended(process)
+
     def traced(self, *words, **options):
         """Start a command line under strace; the path of what strace writes."""
         trace = self.path("trace")
@@ -4758,8 +4763,7 @@ class Guarantees(Process):
         os.kill(worker.pid, signal.SIGCONT)
         self.finish(meeting)
         self.assertEqual(len(self.runs("a")), 1)
-        process.send_signal(signal.SIGTERM)
-        self.ended(process)
+        self.stop(process)
         # And a row, a file and a living process of that number make no worker live.
         self.add("b", meeting.here, max_retries=5)
         with Queue(self.db) as queue:
@@ -5222,8 +5226,7 @@ class Guarantees(Process):
             meeting.let_go()
             self.until_state("a", "completed")
             self.assertEqual(self.output("a"), b"x\n%04o\n" % mask)
-            process.send_signal(signal.SIGTERM)
-            self.ended(process)
+            self.stop(process)
 
     def test_09_workers_refuse_what_others_may_have_written(self):
         os.mkdir(self.path("folder"))
@@ -5237,15 +5240,15 @@ class Guarantees(Process):
         shared = "%s stands in a folder that every user can write .*such as %s" % tuple(
             map(re.escape, (self.db, self.path("state", "queuectl"))))
         table = [  # what is done, how it is undone, and what workers say meanwhile
-            ((os.chmod, self.db, 0o602), (os.chmod, self.db, 0o600), "written by every user.*chmod"),
+            ((os.chmod, self.db, 0o602), (os.chmod, self.db, 0o600), "by every user .chmod"),
             ((os.symlink, self.path("planted"), side), (os.unlink, side), "-run"),
             ((os.mkfifo, side), (os.unlink, side), "-run"),
             ((os.mkdir, side), (os.chmod, side, 0o700), None),
             ((os.chmod, side, 0o777), (os.chmod, side, 0o700), "-run"),
         ] + [((os.chmod, folder, mode), (os.chmod, folder, 0o700), shared)
-             for mode in (0o777, 0o1777, 0o1702)
-        ] + [((os.chown, path, 65534, 65534), (os.chown, path, 0, 0), says)
-             for path, says in ((side, "-run"), (self.db, "another user")) if ROOT]
+             for mode in (0o777, 0o1777, 0o1702)] + [
+            ((os.chown, path, 65534, 65534), (os.chown, path, 0, 0), says)
+            for path, says in ((side, "-run"), (self.db, "another user")) if ROOT]
         self.addCleanup(self.main, "worker", "stop", "--now")
         for (do, *how), (undo, *back), says in table:
             do(*how)
@@ -5348,8 +5351,7 @@ class Guarantees(Process):
             self.kill_worker()
             meeting.arrived()
             self.finish(meeting, "c")
-            process.send_signal(signal.SIGTERM)
-            self.ended(process)
+            self.stop(process)
             self.assertNotIn("OPENED", self.log(process))
 
     @linux
@@ -5432,7 +5434,6 @@ class Guarantees(Process):
                 os.unlink(self.db + kind)
                 self.assertEqual(self.job("mine").state, "pending")
 
-
     def touched(self):
         """What changes with every write to the database file. (Not its bytes: to open it here
         would drop the locks of this process.)"""
@@ -5502,8 +5503,7 @@ class Guarantees(Process):
                     self.assertLessEqual(self.log_size(), self.CUT)
                 process.send_signal(signal.SIGCONT)
                 self.until(lambda: self.log_size() <= self.CUT, "nobody checkpoints")
-                process.send_signal(signal.SIGTERM)
-                self.ended(process)
+                self.stop(process)
         self.assert_sound()
 
     def test_10_a_reader_that_stays_does_not_hold_the_writers(self):
@@ -5549,7 +5549,6 @@ class Guarantees(Process):
         self.assertLess(most, 8 * queuectl.WAL_LIMIT)
         self.assertGreater(os.path.getsize(self.db), 20 * queuectl.WAL_LIMIT)
 
-
     def short_jobs(self):
         """A worker that is busy for a minute, with one short job after the other."""
         with Queue(self.db) as queue:
@@ -5572,7 +5571,6 @@ class Guarantees(Process):
             counts = queue.counts()
         self.assertEqual(counts["processing"], 0)
         self.assertGreater(counts["pending"], 1000)  # so that it never was idle
-
 
     @linux
     @unittest.skipUnless(ROOT, "NOT TESTED: only root can play a member of the database's group")
@@ -5619,7 +5617,6 @@ class Guarantees(Process):
         code, out, err = member("enqueue", "--id", "c", "--cwd", "/", "true")
         self.assertEqual((code, out, err), (0, "c\n", ""))
         self.assertEqual(self.infos(), [])  # its owner knows
-
 
     def faulty(self, *words, **options):
         """strace, under which reads of the database fail with EIO. To raise such an error in
@@ -5714,8 +5711,7 @@ class Guarantees(Process):
                 self.assertEqual([run.outcome for run in self.runs("a")], ["lost"] * 3 + [None])
                 os.kill(self.infos()[0].pid, signal.SIGCONT)
                 self.finish(meeting)
-                process.send_signal(signal.SIGTERM)
-                self.ended(process)
+                self.stop(process)
 
     def test_04_who_left_the_group_and_the_lock_is_known_by_its_environment(self):
         away, leader = self.meeting("away"), self.meeting("leader")
@@ -5779,8 +5775,7 @@ class Guarantees(Process):
                 self.assertTrue(alive(again))
                 meeting.let_go()
                 self.until_state("a", "completed")
-                other.send_signal(signal.SIGTERM)
-                self.ended(other)
+                self.stop(other)
 
     def test_05_a_busy_worker_rescues(self):
         """Also where the database never stands still. It ends what is left of a dead worker's run
