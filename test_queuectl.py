@@ -6152,16 +6152,18 @@ class Wait(Everyday):
         meeting = self.meeting()
         self.ok("enqueue", "--id", "now", "--max-retries", 2,
                 meeting.here + "; test $QUEUECTL_ATTEMPT = 2")
-        waiting = [self.terminal("wait"), self.terminal("wait", "now")]
-        for screen in waiting:
-            screen.until("0 completed, 0 not, 1 left")
+        every = self.terminal("wait")
+        every.until("0 completed, 0 not, 1 left")
         self.ok("enqueue", "--id", "later", "--queue", "unserved", "true")
         self.workers(1, "--queue", "default")
-        for _ in range(2):
-            meeting.arrived()
-            self.assertEqual([screen.process.poll() for screen in waiting], [None] * 2)
-            meeting.let_go()
-        for screen in waiting:
+        meeting.arrived()
+        named = self.terminal("wait", "now")
+        named.until("0 completed, 0 not, 1 left")
+        meeting.let_go()
+        meeting.arrived()
+        self.assertEqual((every.process.poll(), named.process.poll()), (None, None))
+        meeting.let_go()
+        for screen in (every, named):
             code, shown = screen.rest()
             self.assertEqual(code, 0)
             self.assertIn("1 completed, 0 not, 0 left", shown)
