@@ -5259,6 +5259,7 @@ class Guarantees(Process):
                     self.assertRegex(err, r"\Aqueuectl: [^\n]*%s[^\n]*\n\Z" % says)
                     self.assertEqual(self.job("a").state, "pending")  # nothing of it may run
             undo(*back)
+            self.assertEqual(self.infos(), [])
         with mock.patch("os.geteuid", lambda: 12345):
             with self.assertRaisesRegex(QueueError, "another user"):
                 queuectl.require_safe(self.db)
