@@ -2128,21 +2128,22 @@ class Database:
             raise QueueError("%s is a folder; name a file with --db" % self.path)
         if not stat.S_ISREG(status.st_mode):
             raise QueueError("%s is not a regular file" % self.path)
-        if not all(os.access(path, os.W_OK) for path in (self.path, os.path.dirname(self.path))):
-            raise QueueError("%s cannot be written; make the file and its folder writable"
-                             % self.path)
         until = time.monotonic() + LOOKS
         while True:
             before = self._traces()
             try:
                 self._look()
-                return status.st_dev, status.st_ino
+                break
             except (QueueError, sqlite3.Error):
                 # Somebody may be in the middle of creating it, or of a checkpoint: only what
                 # looks bad while nothing moves is bad.
                 if before == self._traces() and not before[2] or time.monotonic() > until:
                     raise
                 time.sleep(0.005)
+        if not all(os.access(path, os.W_OK) for path in (self.path, os.path.dirname(self.path))):
+            raise QueueError("%s cannot be written; make the file and its folder writable"
+                             % self.path)
+        return status.st_dev, status.st_ino
 
     def _traces(self) -> tuple[int, int, int]:
         status = os.stat(self.path)
@@ -4024,10 +4025,11 @@ class Supervisor:
                            self._options.count)
             self._do_chores(queue)
         self._waiter.watch(self._bell.fd)
-        self._log.event("%d worker%s on %s%s; to end %s: Ctrl-C, or %s" % (
+        self._log.event("%d worker%s on %s%s; to end %s: %s%s" % (
             self._options.count, "s" * (self._options.count > 1), self._options.path,
             self._options.queues and " (queues: %s)" % ", ".join(self._options.queues) or "",
-            "them" if self._options.count > 1 else "it", hint("worker stop")))
+            "them" if self._options.count > 1 else "it",
+            "" if self._options.log else "Ctrl-C, or ", hint("worker stop")))
 
     def _leave(self) -> None:
         """Its row is swept by the next one: opening the database takes longer than all this."""
@@ -4094,7 +4096,7 @@ class Supervisor:
         self._ring()
         self._log.event("ending the jobs and putting them back" if level == NOW else
                         "finishing the current jobs" if self._first_signal is None else
-                        "finishing the current jobs; a second signal ends them")
+                        "finishing the current jobs; a second signal (Ctrl-C) puts them back")
         for slot, seat in list(self._seats.items()):
             if seat.process is None:
                 del self._seats[slot]
@@ -4195,10 +4197,9 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str |
                                  + hint("worker stop --now"))
         if left and time.monotonic() >= note_at:
             note_at = math.inf
-            note("waiting for " + ", ".join(
-                "%s %d%s" % ("pid" if info.slot else "their supervisor, pid", info.pid,
-                             ", which runs %s" % info.job if info.job else "")
-                for info in sorted(left, key=lambda info: -info.slot)))
+            note("waiting for %s; to end jobs and put them back: %s" % (", ".join(
+                "job %s (pid %d)" % (info.job, info.pid) if info.job else "pid %d" % info.pid
+                for info in sorted(left, key=lambda info: -info.slot)), hint("worker stop --now")))
         time.sleep(0.01)
     Rescuer().finish(queue, lambda text: None)
     return sum(info.slot > 0 for info in found)
@@ -4244,8 +4245,9 @@ def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
         if blocker[1] in ENDED:
             found[-1] += " (to run that again: %s)" % hint("dlq retry " + blocker[0])
     if job.run_after is not None and job.run_after > now and job.view != "pending":
-        found.append("it waits until %s (in %s)" % (local_time(job.run_after),
-                                                    format_age(job.run_after - now)))
+        found.append("%s due at %s (in %s)" % (
+            "its retry is" if job.view == "failed" else "it is", local_time(job.run_after),
+            format_age(job.run_after - now)))
     found += obstacles(queue, job.queue, served)
     if job.view != "pending":
         return found
@@ -4458,7 +4460,7 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
     last = 0 if ids else queue.wait_for_all()
     open_jobs = [queue.get(id).id for id in dict.fromkeys(ids) if id != own_job]
     total = len(open_jobs) if ids else queue.progress(last, own_job)[0]
-    failed, reasons = 0, []
+    failed, bad = 0, []
     while True:
         looked = time.monotonic()
         if ids:
@@ -4468,7 +4470,7 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
                     open_jobs.remove(id)
                     if job.state != "completed":
                         failed += 1
-                        reasons.append("%s is %s" % (id, job.view))
+                        bad.append(job)
             left = len(open_jobs)
         else:
             left, stuck, failed = queue.progress(last, own_job)
@@ -4476,9 +4478,10 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
         took = time.monotonic() - looked
         tell(total - left - failed, failed, left)
         if failed and not left:
-            raise QueueError("%s not completed%s" % (
+            raise QueueError("%s not completed%s (see: %s)" % (
                 "1 job has" if failed == 1 else "%d jobs have" % failed,
-                ": " + ", ".join(reasons[:5]) if reasons else ""))
+                ": " + ", ".join("%s is %s" % (job.id, job.view) for job in bad[:5]) if bad else "",
+                hint("show " + bad[0].id if bad else "status")))
         if not left:
             return
         if time.monotonic() >= until:
@@ -5436,6 +5439,9 @@ def refuse_misreading(words: Sequence[str]) -> None:
                          % _shown(word))
     if len(words) > 1:
         refuse_bare_braces(word)
+        if " " in word and not os.path.exists(word):
+            raise UsageError("%s is a command line, and more follows; many come by --lines FILE, "
+                             "and a program with a blank in its name goes behind --" % _shown(word))
 
 
 def refuse_bare_braces(text: str) -> None:
@@ -5726,10 +5732,10 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
                 say_what_is_left(queue, options.queues)
         return code
     count, log = start_detached(options, args.ensure)
-    if args.quiet and not count:
-        return 0
-    say("%s started on %s; log: %s" % (counted(count, "worker"), options.path, log)
-        if count else "enough workers run on %s; log: %s" % (options.path, log))
+    if not (args.ensure and args.quiet):  # or cron would mail it
+        say("%s on %s (to end all: %s); log: %s" % (
+            counted(count, "worker") + " started" if count else "enough workers run",
+            options.path, hint("worker stop"), log))
     return 0
 
 
@@ -6016,7 +6022,12 @@ def cmd_metrics(queue: Queue, args: argparse.Namespace) -> None:
     option("--port", type=checked(parse_integer(0, 65535)), default=0, metavar="N",
            help="its port on 127.0.0.1 (one that is free)"))
 def cmd_web(queue: Queue, args: argparse.Namespace) -> None:
-    serve_page(queue, args.port, lambda url: print(url, flush=True), say)
+    def show_url(url: str) -> None:
+        print(url, flush=True)
+        if is_terminal(sys.stderr):
+            say("open it in a browser on this machine; Ctrl-C ends it")
+
+    serve_page(queue, args.port, show_url, say)
 
 
 def plain_words(words: Sequence[str], valued: Sequence[str] = ("--db",)) -> list[str]:
@@ -6105,7 +6116,7 @@ def cmd_completion(args: argparse.Namespace) -> int:
                           args.exact[1] if args.exact else None)
         show_lines(found)
         return 0 if found else 1
-    ask = shlex.join([sys.executable, os.path.abspath(sys.argv[0]), "completion",
+    ask = shlex.join([sys.executable, os.path.abspath(__file__), "completion",
                       args.shell]) + " 2>/dev/null"
     if args.shell == "fish":
         words = ["-f", "-a", "(env COMP_LINE=(commandline -cp) %s; "
@@ -6150,6 +6161,13 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
+        import re
+        found = re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if found:
+            import difflib
+            near = difflib.get_close_matches(found.group(1), re.findall(r"[\w-]+", found.group(2)))
+            message = "there is no command %s%s" % (
+                printable(found.group(1)), "; did you mean %s?" % near[0] if near else "")
         raise UsageError("%s (see: %s --help)" % (message, self.prog))
 
 
@@ -6157,8 +6175,8 @@ def build_parser(chosen: str = "") -> argparse.ArgumentParser:
     """The parser, from COMMANDS. Of them it knows the chosen one only, where one is chosen:
     building all of them would take longer than all else that a short command does."""
     def commands(parser: argparse.ArgumentParser) -> Any:
-        return parser.add_subparsers(prog=parser.prog, metavar="COMMAND", parser_class=Parser,
-                                     required=True, dest="command")
+        return parser.add_subparsers(title="commands", prog=parser.prog, metavar="COMMAND",
+                                     parser_class=Parser, required=True, dest="command")
 
     program = " ".join(_called["as"])
     parser = Parser(prog=program, formatter_class=HelpFormatter, add_help=False,
@@ -6174,8 +6192,10 @@ def build_parser(chosen: str = "") -> argparse.ArgumentParser:
             continue
         group, _, rest = name.partition(" ")
         if rest and group not in groups:
-            above = top.add_parser(group, help=GROUPS[group], description=GROUPS[group])
-            above.add_argument(*DATABASE[0], **DATABASE[1])
+            above = top.add_parser(group, help=GROUPS[group], description=GROUPS[group] + ".",
+                                   formatter_class=HelpFormatter, add_help=False)
+            for flags, details in HELP, DATABASE:
+                above.add_argument(*flags, **details)
             groups[group] = commands(above)
         sub = (groups[group] if rest else top).add_parser(
             rest or name, help=found.help, description=found.help + ".",
@@ -6220,9 +6240,10 @@ def program_words() -> list[str]:
     python = os.path.basename(sys.executable)
     if spec is not None:
         return [python, "-m", spec.name]
+    if not hasattr(sys.modules["__main__"], "__file__"):  # python -c: who does that names itself
+        return [name] if name != "-c" else [python, os.path.abspath(__file__)]
     runs = os.access(sys.argv[0], os.X_OK) and sys.platform != "win32"
-    if not folder and not os.path.exists(name) \
-            or runs and folder in os.environ.get("PATH", "").split(":"):
+    if runs and folder in os.environ.get("PATH", "").split(":"):
         return [name]
     return [sys.argv[0]] if folder and runs else [python, sys.argv[0]]
 

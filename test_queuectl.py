@@ -6120,15 +6120,15 @@ class Wait(Everyday):
                           ("good bad", "bad is dead"), ("behind good", "behind is blocked")):
             with self.subTest(ids):
                 self.assertEqual(self.main("wait", "--timeout", "20", *ids.split()), (
-                    (1, "", "queuectl: 1 job has not completed: %s\n" % left) if left
-                    else (0, "", "")))
+                    (1, "", "queuectl: 1 job has not completed: %s (see: queuectl.py show %s)\n"
+                     % (left, left.split()[0])) if left else (0, "", "")))
         self.play("""
             $ queuectl wait bad stuck
-            ! queuectl: 2 jobs have not completed: bad is dead, stuck is blocked
+            ! queuectl: 2 jobs have not completed: bad is dead, stuck is blocked (see: ... show bad)
             [1]
             # None named: all that have not ended now.
             $ queuectl wait --timeout 20
-            ! queuectl: 3 jobs have not completed
+            ! queuectl: 3 jobs have not completed (see: ... status)
             [1]
             $ queuectl cancel stuck behind orphan
             $ queuectl wait
@@ -6240,7 +6240,7 @@ class Wait(Everyday):
         self.various()
         self.play("""
             $ queuectl wait bad good 2>&1 | cat
-            queuectl: 1 job has not completed: bad is dead
+            queuectl: 1 job has not completed: bad is dead (see: ... show bad)
             """)
         with open(self.path("out"), "wb") as file:
             code, shown = self.terminal("wait", "bad", "good", stdout=file).rest()
@@ -6302,8 +6302,8 @@ class Why(Everyday):
         for id, waits in (
                 ("run", None),
                 ("limited", alone + "; the limit of the queue deploy is reached (1: run)"),
-                ("later", "it waits until 2027-01-15 08:01:00 +0000 (in 1m00s); " + alone),
-                ("blocked", "it waits for later, which is pending; it waits until "
+                ("later", "it is due at 2027-01-15 08:01:00 +0000 (in 1m00s); " + alone),
+                ("blocked", "it waits for later, which is pending; it is due at "
                             "2027-01-15 08:01:30 +0000 (in 1m30s); " + alone),
                 ("ready", alone), ("second", alone + "; 1 job stands before it"),
                 ("third", alone + "; 2 jobs stand before it")):
@@ -7336,7 +7336,7 @@ class Detach(Everyday):
     def test_ensure_with_another_via(self):
         """That workers run is not enough where they would run the jobs in another way."""
         self.play("""
-            $ queuectl worker start --ensure --quiet --queue a --via 'sh -c "$QUEUECTL_COMMAND"'
+            $ queuectl worker start --ensure --queue a --via 'sh -c "$QUEUECTL_COMMAND"'
             ! queuectl: 1 worker started on ...
             $ queuectl worker start --ensure --quiet --queue a --via 'sh -c "$QUEUECTL_COMMAND"'
             $ queuectl worker start --ensure --quiet --queue a
@@ -8286,7 +8286,7 @@ class Web(WebCase):
         runs = [{name: run[name] for name in shown["runs"][0]} for run in sheet.pop("runs")]
         self.assertEqual((runs, sheet["env"]), (shown.pop("runs"), ["SECRET"]))
         self.assertEqual({**{name: sheet[name] for name in shown}, "env": shown["env"]}, shown)
-        self.assertRegex(dict(sheet["facts"])["waits"], "it waits until .*; no worker runs")
+        self.assertRegex(dict(sheet["facts"])["waits"], "its retry is due at .*; no worker runs")
         self.assertNotIn("value", json.dumps(sheet) + json.dumps(page))
         self.assertEqual(self.look("/job", id="j1")["output"]["text"], "x" * 10)
         self.assertIsNone(self.look("/job", id="j5")["output"])
