@@ -2677,7 +2677,7 @@ class Queue(Database):
         """At most `limit` jobs before seq `before`, the newest first, whose id or command holds
         `word` (as LIKE compares), and from where to go on (None: there are no more). It may stop
         sooner: so that it is quick, it looks at no more than SPAN rows. But a job whose id is the
-        word itself is found at once, however old it is. QueueError."""
+        word itself, and for which others leave room, is found at once. QueueError."""
         first, before = before is None, 1 << 62 if before is None else before
         sets = [MEMBERS_OF_QUEUE] * (queue is not None) + ([_members(state)] if state else [])
         rare = next((members for members in sets if self._is_rare(members, queue)), None)

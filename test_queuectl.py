@@ -8758,6 +8758,20 @@ class Recipes(Everyday):
                     with self.subTest(block, shell=shell):
                         self.run_block("recipe%d-%s" % (number, shell), block, shell)
 
+    def test_the_launcher(self):
+        """Hints name it, whatever stands in the folder; where it is not meant, its file."""
+        launcher = next(text for _, kind, text in self.blocks()
+                        if kind == "sh" and "cat >~/.local/bin/queuectl" in text)
+        self.run_block("launcher", launcher + """
+            mkdir queuectl; queuectl() { ~/.local/bin/queuectl "$@"; }
+            queuectl enqueue true 2>&1 | grep -F '(start one: queuectl worker start)'
+            queuectl completion bash | grep "python.*/share/queuectl/queuectl.py completion"
+            queuectl worker start --detach
+            grep "end it: python.*/share/queuectl/queuectl.py .*worker stop" \
+                .local/state/*/*/worker.log
+            queuectl worker stop
+            """, "sh")
+
     def test_transcripts(self):
         """Each console block shows what is seen (see Case.play)."""
         self.addCleanup(self.no_workers_left)
