@@ -744,7 +744,7 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 #   Child                           one spawned command, its pipe and its process group
 #   Bell  ring  Waiter  stalled     sleeping in one place, and waking who sleeps there
 #   allow_escapes                   what a terminal needs to show colours
-#   reset_signals  close_inherited  reap_strangers    what a process owes its children
+#   reset_signals  close_inherited  reap_orphans      what a process owes its children
 
 RUN_VARIABLE = "QUEUECTL_RUN"  # in a job's environment: <id of the database>/<run>
 FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
@@ -850,7 +850,7 @@ if sys.platform == "win32":
 
     flush, make_folder = os.fsync, functools.partial(os.makedirs, exist_ok=True)
     flush_folder = unsafe_reason = unreadable = not_ours = nothing
-    reset_signals = close_inherited = reap_strangers = stalled = nothing
+    reset_signals = close_inherited = reap_orphans = stalled = nothing
     open_descriptors: Callable[[], set[int]] = set
 
     def default_folder() -> str | None:
@@ -1268,16 +1268,16 @@ else:
         return False
 
     def _tree(path: str, run: int, name: str) -> tuple[list[int], str | None]:
-        """(processes, doubt) of a run that its worker has left behind: who is proven to be of
-        it, and otherwise who is alive and may be. Both empty: its tree is gone."""
-        lock, record, doubt = None, [], None
+        """(proven, unproven) of a run that its worker has left behind: the processes of it, or
+        where there are none, in words, one that is alive and may be. Neither: its tree is gone."""
+        lock, record, unproven = None, [], None
         with contextlib.suppress(FileNotFoundError):  # then the environment alone tells
             fd = os.open(path, os.O_RDONLY)
             try:
                 record = os.read(fd, 200).decode("ascii", "replace").split()
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                lock, doubt = os.fstat(fd), "a process that holds %s" % path
+                lock, unproven = os.fstat(fd), "a process that holds %s" % path
             finally:
                 os.close(fd)
         leader, before, after = -1, 0.0, 0.0
@@ -1300,8 +1300,8 @@ else:
         if ours:
             return proven + group, None
         if group:
-            doubt = "process %d of its group" % group[0]
-        return proven, None if proven else doubt
+            unproven = "process %d of its group" % group[0]
+        return proven, None if proven else unproven
 
     def end_tree(path: str, run: int, name: str) -> tuple[list[int], str | None]:
         """Kill what is left of a dead worker's run, whose RunLock is at `path` and whose
@@ -1309,15 +1309,15 @@ else:
         be of the run). Both empty: it is gone. Does not wait: look again, soon.
 
         Ends with SIGKILL: nobody is left who could record a result, and the job waits."""
-        processes, doubt = _tree(path, run, name)
+        processes, unproven = _tree(path, run, name)
         for pid in processes:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
             except PermissionError:
-                doubt = "process %d, which belongs to another user," % pid
-        return processes, doubt
+                unproven = "process %d, which belongs to another user," % pid
+        return processes, unproven
 
     # A line of nothing but words needs no shell, which would only run what they name; make
     # does the same. Not so where the first word means something to a shell: it is a builtin
@@ -1556,7 +1556,7 @@ else:
             if fd > 2:
                 os.close(fd)
 
-    def reap_strangers(ours: set[int]) -> None:
+    def reap_orphans(ours: set[int]) -> None:
         """As the first process of a container, reap what others have left behind."""
         with contextlib.suppress(ChildProcessError):
             while hasattr(os, "waitid"):
@@ -3241,7 +3241,7 @@ class Queue(Database):
 
     def open_runs(self) -> list[sqlite3.Row]:
         """The runs that have no outcome yet: seq, id, run, worker, lock, started_at, and as
-        `error` a doubt()."""
+        `error` a note_orphan()."""
         return self._rows(OPEN_RUNS)
 
     def orphans(self, rows: list[sqlite3.Row]) -> list[sqlite3.Row]:
@@ -3253,7 +3253,7 @@ class Queue(Database):
                 alive[name] = is_held(self.lock_path(name))
         return [row for row in rows if not alive[row["worker"]]]
 
-    def doubt(self, run: int, text: str) -> None:
+    def note_orphan(self, run: int, text: str) -> None:
         """Note why an orphaned run cannot be settled yet."""
         if self._value("SELECT error FROM runs WHERE run = ?", (run,)) != text:
             with self._transaction():
@@ -3364,13 +3364,14 @@ class Rescuer:
         return count
 
     def _take_back(self, queue: Queue, row: sqlite3.Row, note: Callable[[str], None]) -> bool:
-        dying, doubt = end_tree(os.path.join(queue.folder, row["lock"]), row["run"],
-                                run_name(queue, row["run"]))
+        dying, unproven = end_tree(os.path.join(queue.folder, row["lock"]), row["run"],
+                                   run_name(queue, row["run"]))
         if dying and self._pause >= TICK:
-            doubt = "process %d, which does not die," % dying[0]
-        if doubt and self._pause:  # the first one may pass: who is dying shows no files any more
-            queue.doubt(row["run"], "its worker died, and %s may be running it still" % doubt)
-        if dying or doubt:
+            unproven = "process %d, which does not die," % dying[0]
+        if unproven and self._pause:  # the first may pass: who is dying shows no files any more
+            queue.note_orphan(row["run"], "its worker died, and %s may be running it still"
+                              % unproven)
+        if dying or unproven:
             self._unseen.discard(row["run"])
             self.dying = True
             return False
@@ -3615,7 +3616,7 @@ SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: n
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
 SETTLED_IN = 2.0  # seconds that a worker must have lived for its death not to count as "keeps"
 FATAL = 78  # exit code of a worker which no replacement can help
-MOST_LEFTOVERS = 200  # pipes of ended jobs that a worker goes on draining
+MOST_OPEN_PIPES = 200  # pipes of ended jobs that a worker goes on draining
 LOG_PATIENCE = 1.0  # seconds for which a log line waits for who reads it
 
 
@@ -3665,7 +3666,7 @@ class Worker:
         self._level = RUN
         self._log = Log(options, "worker " + name)  # until it has a slot
         self._child: Child | None = None  # of the last run, until that is settled
-        self._leftovers: dict[int, Child] = {}  # pipes that outlived their job: drained, too
+        self._open_pipes: dict[int, Child] = {}  # pipes that outlived their job: drained, too
         self._rescuer = Rescuer()
         self._next_look = 0.0  # when it looks around, whatever happens: once a TICK
         self._rung = False  # whether something may have changed since _work looked
@@ -3680,7 +3681,7 @@ class Worker:
         for name in ("SIGINT", "SIGHUP", "SIGBREAK"):  # the supervisor's business
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda signum, frame: None)
-        signal.signal(signal.SIGTERM, lambda signum, frame: self._follow(DRAIN))
+        signal.signal(signal.SIGTERM, lambda signum, frame: self._obey(DRAIN))
         self._env = dict(os.environ)
         os.chdir(os.sep)
         try:
@@ -3723,7 +3724,7 @@ class Worker:
         remove(queue.bell_path(self._name))
         release(queue.lock_path(self._name), self._held)
 
-    def _follow(self, order: int) -> None:
+    def _obey(self, order: int) -> None:
         self._level = max(self._level, order)
 
     def _work(self) -> None:
@@ -3763,14 +3764,14 @@ class Worker:
                     raise
             else:
                 if result is not None:
-                    self._tell(result, settled)
+                    self._log_result(result, settled)
                     result = None
                     if self._child is not None:
                         self._child.close()
                 if wanted or self._level != RUN:
                     self._recovered()
                     return claim
-            self._pause()
+            self._back_off()
         return None
 
     def _complain(self, text: str) -> None:
@@ -3784,7 +3785,7 @@ class Worker:
             self._complaints.clear()
             self._log.warn("that works again")
 
-    def _tell(self, result: Result, settled: Settled | None) -> None:
+    def _log_result(self, result: Result, settled: Settled | None) -> None:
         if settled is not None and settled.state != "dead" and self._options.quiet:
             return
         took = format_age(result.seconds)
@@ -3827,13 +3828,13 @@ class Worker:
         if child is not None:
             self._child = child
             if execution.reading:  # somebody in the background still writes to it
-                self._leftovers[child.fd] = child
-                if len(self._leftovers) > MOST_LEFTOVERS:
-                    self._let_go(next(iter(self._leftovers)))
+                self._open_pipes[child.fd] = child
+                if len(self._open_pipes) > MOST_OPEN_PIPES:
+                    self._drop_pipe(next(iter(self._open_pipes)))
         elif execution.shortage:
-            for fd in list(self._leftovers):  # each of them holds a descriptor
-                self._let_go(fd)
-            self._pause()
+            for fd in list(self._open_pipes):  # each of them holds a descriptor
+                self._drop_pipe(fd)
+            self._back_off()
         return result
 
     def _environment(self, claim: Claim) -> dict[str, str]:
@@ -3873,11 +3874,11 @@ class Worker:
         try:
             due = self._queue.next_due()
         except DatabaseUnavailable:
-            return self._pause()
+            return self._back_off()
         while self._level == RUN and not self._rung and not (due and due <= time.time()):
             self._sleep(math.inf if due is None else time.monotonic() + due - time.time())
 
-    def _pause(self) -> None:
+    def _back_off(self) -> None:
         """Sleep for a TICK, or until another order comes."""
         level, until = self._level, time.monotonic() + TICK
         while self._level == level and time.monotonic() < until:
@@ -3894,8 +3895,8 @@ class Worker:
             if fd == self._bell.fd:
                 self._bell.clear()
                 self._rung = True
-            elif fd in self._leftovers and self._leftovers[fd].read() == b"":
-                self._let_go(fd)
+            elif fd in self._open_pipes and self._open_pipes[fd].read() == b"":
+                self._drop_pipe(fd)
         now = time.monotonic()
         if now >= self._queue.sync_at:
             try:
@@ -3929,16 +3930,16 @@ class Worker:
             self._queue.check_in_place()
             if not same_file(self._held, self._queue.lock_path(self._name)):
                 raise QueueError("%s has been deleted; stopping" % self._queue.folder)
-            self._follow(max(os.fstat(self._held).st_size, _size(leader)))
+            self._obey(max(os.fstat(self._held).st_size, _size(leader)))
             if not is_held(leader):
-                self._follow(DRAIN)
+                self._obey(DRAIN)
         except OSError as error:
             if error.errno not in SHORTAGES:
                 raise
             self._complain("cannot look for orders: %s" % error)
 
-    def _let_go(self, fd: int) -> None:
-        child = self._leftovers.pop(fd)
+    def _drop_pipe(self, fd: int) -> None:
+        child = self._open_pipes.pop(fd)
         self._close_pipe(child)
         child.close()
 
@@ -3977,7 +3978,7 @@ class Supervisor:
         self._first_signal: float | None = None
         self._seats = {slot: Seat() for slot in range(1, options.count + 1)}
         self._rescuer = Rescuer()
-        self._next_checkpoint = self._next_keeping = 0.0  # time.monotonic()
+        self._next_checkpoint = self._next_housekeeping = 0.0  # time.monotonic()
         self._kept_until = 0  # how far the look for completed jobs past their time has come
 
     def run(self) -> int:
@@ -4023,7 +4024,7 @@ class Supervisor:
             queue.sweep()
             queue.register(name, name, self._options.queues, self._options.via,
                            self._options.count)
-            self._do_chores(queue)
+            self._housekeep(queue)
         self._waiter.watch(self._bell.fd)
         self._log.event("%d worker%s on %s%s; to end %s: %s%s" % (
             self._options.count, "s" * (self._options.count > 1), self._options.path,
@@ -4061,32 +4062,33 @@ class Supervisor:
     def _wait(self) -> None:
         """Sleep until a child has died, a signal or an order has come, or something is due."""
         until = min(time.monotonic() + SUPERVISION,
-                    self._next_keeping if self._level == RUN else math.inf,
+                    self._next_housekeeping if self._level == RUN else math.inf,
                     min(seat.replace_at for seat in self._seats.values()),
                     self._rescuer.next_look if self._rescuer.dying else math.inf)
         if self._bell.fd in self._waiter.wait(until - time.monotonic()):
             self._bell.clear()
-        self._order(os.fstat(self._held).st_size)
+        self._obey(os.fstat(self._held).st_size)
         now = time.monotonic()
         if self._rescuer.dying and now >= self._rescuer.next_look:
             self._rescue()
-        if self._level == RUN and (now >= self._next_keeping or now >= self._next_checkpoint
+        if self._level == RUN and (now >= self._next_housekeeping or now >= self._next_checkpoint
                                    and _size(self._options.path + "-wal") >= WAL_LIMIT):
             self._next_checkpoint = now + TICK / 2  # a slow reader may keep the -wal file long
-            self._next_keeping = max(self._next_keeping, now + TICK)  # whatever fails below
-            self._keep_in_order()
+            self._next_housekeeping = max(self._next_housekeeping, now + TICK)
+            with contextlib.suppress(QueueError), open_queue(self._options) as queue:
+                self._housekeep(queue)
 
     def _judge_signals(self) -> None:
         while self._signals:
             signum, at = self._signals.pop(0)
             if self._first_signal is None:
                 self._first_signal = at
-                self._order(DRAIN)
+                self._obey(DRAIN)
             elif signum != getattr(signal, "SIGHUP", None) \
                     and at - self._first_signal >= SECOND_SIGNAL:
-                self._order(NOW)
+                self._obey(NOW)
 
-    def _order(self, level: int) -> None:
+    def _obey(self, level: int) -> None:
         """Follow an order, and let the workers follow it: they read it from our lock file."""
         if level <= self._level:
             return
@@ -4117,8 +4119,8 @@ class Supervisor:
                 self._ring()  # with --drain, the others may be done now
                 if code == FATAL:
                     self._failed = True
-                    self._order(DRAIN)
-                self._next_keeping = min(self._next_keeping, time.monotonic() + TICK)
+                    self._obey(DRAIN)
+                self._next_housekeeping = min(self._next_housekeeping, time.monotonic() + TICK)
                 continue
             self._log.warn("worker %d died (%s)" % (
                 slot, "exit code %d" % code if code > 0 else exit_error(None, -code)))
@@ -4132,8 +4134,8 @@ class Supervisor:
             pause = min(LONGEST_PAUSE, 0.05 * 2 ** min(seat.deaths, 10)) if seat.deaths > 1 else 0.0
             seat.replace_at = time.monotonic() + pause
         if os.getpid() == 1:
-            reap_strangers({seat.process.pid for seat in self._seats.values()
-                            if seat.process is not None})
+            reap_orphans({seat.process.pid for seat in self._seats.values()
+                          if seat.process is not None})
 
     def _rescue(self) -> None:
         """Take back what a dead child has left. (Otherwise the workers look.)"""
@@ -4146,13 +4148,9 @@ class Supervisor:
         except QueueError as error:
             self._log.warn(str(error))
             self._failed = True
-            self._order(DRAIN)
+            self._obey(DRAIN)
 
-    def _keep_in_order(self) -> None:
-        with contextlib.suppress(QueueError), open_queue(self._options) as queue:
-            self._do_chores(queue)
-
-    def _do_chores(self, queue: Queue) -> None:
+    def _housekeep(self, queue: Queue) -> None:
         """Checkpoint, say how many workers are left (or --ensure would count on those that have
         ended), and delete completed jobs past their time. In small steps, so that this never
         holds the writer lock, nor a signal, for long."""
@@ -4160,7 +4158,7 @@ class Supervisor:
             queue.checkpoint()
             queue.set_count(self._options.name, len(self._seats))
             self._kept_until, deleted = queue.housekeeping(self._kept_until)
-            self._next_keeping = time.monotonic() + (
+            self._next_housekeeping = time.monotonic() + (
                 0.05 if deleted else TICK if self._kept_until else HOUSEKEEPING)
 
     def _replace(self) -> None:
@@ -4197,9 +4195,11 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str |
                                  + hint("worker stop --now"))
         if left and time.monotonic() >= note_at:
             note_at = math.inf
-            note("waiting for %s; to end jobs and put them back: %s" % (", ".join(
-                "job %s (pid %d)" % (info.job, info.pid) if info.job else "pid %d" % info.pid
-                for info in sorted(left, key=lambda info: -info.slot)), hint("worker stop --now")))
+            note("waiting for " + ", ".join(
+                "%s (pid %d)" % ("job " + info.job if info.job else "a worker" if info.slot else
+                                 "its supervisor", info.pid)
+                for info in sorted(left, key=lambda info: -info.slot))
+                + ("; not to wait for jobs: " + hint("worker stop --now")) * (level != NOW))
         time.sleep(0.01)
     Rescuer().finish(queue, lambda text: None)
     return sum(info.slot > 0 for info in found)
