@@ -26,7 +26,7 @@ What it promises, and by what means:
   - Never two copies of a job at once: whoever takes back a dead worker's job first ends
     its process tree, which is known by three proofs: an inherited lock, its process group, and
     its environment.
-  - A worker never waits for anything but in one place, where its job's end and output,
+  - A worker waits for what happens in one place, where its job's end and output,
     signals, orders and wake-ups all arrive. An order is the size of a lock file; a wake-up is a
     hint, and whatever a lost one should have told is found within a second.
 
@@ -714,7 +714,8 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
                settings: Mapping[str, Any]) -> tuple[str, int, int, float | None]:
     """The life of a job in one place: (state, hold, attempts, run_after) after a run.
 
-    An interrupted run was ended for the operator's reasons, so it takes back its attempt.
+    An interrupted run was ended for the operator's reasons, or the machine was short of something
+    that it needs: it takes back its attempt.
     A lost one (its worker died) costs its attempt, but need not wait: nothing says that
     the command was at fault. A requested cancel wins over everything but success."""
     if outcome == "completed":
@@ -769,7 +770,8 @@ def remove(path: str) -> None:
 def raise_order(fd: int, order: int) -> None:
     """Let the open lock file say at least that order, by its size: that needs no room on a disk
     and no database. (Of two who do so at the same instant the lower one may win: so an order is
-    given to each process that it concerns, and heard at once.)"""
+    given to each process that it concerns, and heard at once: a stop of all stands in two files for
+    each worker. That of a single one does not; it may have to be said again.)"""
     if os.fstat(fd).st_size < order:
         os.ftruncate(fd, order)
 
@@ -782,7 +784,7 @@ def pipe_is_closed(error: OSError) -> bool:
 
 def give_order(path: str, order: int) -> None:
     """Give an order to the process that holds the lock file at `path`. (Not to this process
-    itself: see hold.)"""
+    itself: to close the file would drop its lock.)"""
     with contextlib.suppress(FileNotFoundError, PermissionError):  # it has gone, or is just going
         fd = os.open(path, os.O_RDWR)
         try:
@@ -1050,13 +1052,14 @@ else:
         whatever the umask. (The mode of a file that somebody else has made is his.)"""
         flags |= os.O_RDWR | os.O_NOFOLLOW
         while True:
+            if not flags & os.O_EXCL:
+                with contextlib.suppress(FileNotFoundError):
+                    return os.open(path, flags)
             try:
                 fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
+            except FileExistsError:  # somebody has just been faster
                 if flags & os.O_EXCL:
                     raise
-                with contextlib.suppress(FileNotFoundError):  # it has just been removed
-                    return os.open(path, flags)
             else:
                 os.fchmod(fd, 0o600)
                 return fd
@@ -1201,7 +1204,8 @@ else:
     #       empty twice. Who has another user's environment is known by lock and group only.
     #   It cannot be told.  Who is in the group of a dead leader and has shaken off the rest, or
     #       holds the lock where no /proc names its holder, may be of the run: he is not killed,
-    #       and the job does not run again while he lives.
+    #       and the job does not run again while he lives. (Without /proc nobody's environment can
+    #       be read either: there the group alone proves.)
     #   The worker died between the spawn and the record.  The lock and the environment tell.
     #   The rescuer is of the tree, as a job may start workers.  In the foreground they are, and
     #       end with it. Those in the background lead a session of their own, and have neither the
@@ -1269,7 +1273,7 @@ else:
 
     def _tree(path: str, run: int, name: str) -> tuple[list[int], str | None]:
         """(proven, unproven) of a run that its worker has left behind: the processes of it, or
-        where there are none, in words, one that is alive and may be. Neither: its tree is gone."""
+        where there are none, in words, one that is alive and may be. Neither: none was seen."""
         lock, record, unproven = None, [], None
         with contextlib.suppress(FileNotFoundError):  # then the environment alone tells
             fd = os.open(path, os.O_RDONLY)
@@ -1306,7 +1310,7 @@ else:
     def end_tree(path: str, run: int, name: str) -> tuple[list[int], str | None]:
         """Kill what is left of a dead worker's run, whose RunLock is at `path` and whose
         processes have RUN_VARIABLE set to `name`: (who is dying now, who else is alive and may
-        be of the run). Both empty: it is gone. Does not wait: look again, soon.
+        be of the run). Both empty: none was seen. Does not wait: look again, soon.
 
         Ends with SIGKILL: nobody is left who could record a result, and the job waits."""
         processes, unproven = _tree(path, run, name)
@@ -1696,7 +1700,7 @@ BEFORE_NEWEST = """
         SELECT jobs.seq FROM jobs WHERE (:queue IS NULL OR +queue = :queue) AND %s
         ORDER BY jobs.seq DESC LIMIT :limit)"""
 SELECT_JOB = SELECT_JOBS + " WHERE jobs.id = :id"
-# A page of the newest jobs that fit, of which no more than `span` rows are looked at.
+# With all that run, of whatever queue: too many are no harm, the query tests the queue again.
 MEMBERS_OF_QUEUE = """
     SELECT seq FROM jobs WHERE hold = 0 AND queue = :queue
     UNION ALL SELECT seq FROM jobs WHERE hold > 0 AND queue = :queue
@@ -1705,6 +1709,7 @@ MEMBERS_OF_QUEUE = """
     UNION ALL SELECT job FROM runs WHERE outcome IS NULL"""
 LAST_LOOKED_AT = """
     SELECT min(seq) FROM (SELECT seq FROM jobs WHERE seq < :before ORDER BY seq DESC LIMIT :span)"""
+# A page of the newest jobs that fit, of which no more than `span` rows are looked at.
 SELECT_NEWEST = SELECT_JOBS + """
     WHERE jobs.seq < :before AND jobs.seq >= :floor AND (:queue IS NULL OR +queue = :queue)
         AND (:like = '%%%%' OR jobs.id LIKE :like ESCAPE '!' OR command LIKE :like ESCAPE '!')
@@ -1852,7 +1857,7 @@ NEXT_OF_OTHERS = """
         UNION ALL
         SELECT (SELECT min(queue) FROM jobs WHERE hold = 0 AND queue > served.queue)
         FROM served WHERE served.queue IS NOT NULL)""" + _NEXT_MEMBERS_OF_QUEUES
-NEXT_OF_SERVED = _NEXT_MEMBERS_OF_QUEUES.replace("served", "temp.served")
+NEXT_OF_SERVED = _NEXT_MEMBERS_OF_QUEUES.replace("served", "temp.served")  # each one in it
 
 CLAIM_JOB = """
     UPDATE jobs SET state = 'processing', hold = -1, attempts = attempts + 1, cancel = 0,
@@ -1880,9 +1885,11 @@ SETTLE_RUN = """
     UPDATE runs SET finished_at = :finished_at, exit_code = :exit_code, signal = :signal,
         outcome = :outcome, error = :error
     WHERE run = :run"""
+# Only of a run that goes on: who was taken back adds nothing. So it comes before SETTLE_RUN.
 ADD_OUTPUT = """
     INSERT INTO output SELECT :run, :start, :data
     WHERE EXISTS (SELECT 1 FROM runs WHERE run = :run AND outcome IS NULL)"""
+# A piece that reaches beyond the gap stays, whole: no more than LIVE_MOST too much.
 CUT_OUTPUT = """
     DELETE FROM output WHERE run = :run AND start >= :first AND start + length(data) <= :last"""
 READ_OUTPUT = """
@@ -1941,7 +1948,7 @@ RETRY_JOB = """
         hold = CASE WHEN unmet > 0 THEN 3 WHEN run_after > :now THEN 1 ELSE 0 END,
         run_after = CASE WHEN run_after > :now THEN run_after END
     WHERE seq = :seq AND state = :state"""
-# Jobs that have ended, that are past their time, and that no unfinished job waits for.
+# Jobs that have ended, that are past their time, and that no job with unmet needs waits for.
 _PRUNABLE = """state IN (%s) AND updated_at <= :before
         AND (:queue IS NULL OR +queue = :queue) AND NOT EXISTS (
             SELECT 1 FROM deps JOIN jobs AS dependant ON dependant.seq = deps.job
@@ -2309,7 +2316,7 @@ class Database:
     def _transaction(self, sync: bool = True) -> Iterator[None]:
         """BEGIN IMMEDIATE: the writer lock is taken before anything is read, so what was
         read is still true when it is written, and no transaction fails halfway as busy.
-        Without `sync` it may wait for the fsync of another one."""
+        Without `sync`, one that is not durable may wait for the fsync of another."""
         self._execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -2348,9 +2355,10 @@ class Database:
     # Durability. Clients commit with synchronous=FULL. Workers commit with NORMAL, which
     # syncs nothing, and sync the -wal file themselves, outside of the writer lock. A crash before
     # that loses the last commits, never one in their midst: a frame counts only with all before it.
-    # What is settled then runs again, which `processing` in the older state allows for. A
-    # checkpoint must not bring commits into the database that the -wal file may still lose: the
-    # connection that does it is FULL, and so syncs the -wal file first.
+    # What was settled then runs again, which `processing` in the older state allows for. (Of a
+    # claim that is lost the number is given again: nobody is left who has it.) A checkpoint must
+    # not bring commits into the database that the -wal file may still lose: SQLite syncs that
+    # first. It has no lock on the -wal file, so that sync() may open and close it.
 
     def sync(self) -> int:
         """Bring this connection's commits to the disk; the size of the -wal file. QueueError."""
@@ -2375,7 +2383,8 @@ class Database:
         holds the writer lock while another one checkpoints. (TRUNCATE takes the lock itself;
         but it waits for it unfairly, without it where its time runs out, and holding it where a
         reader is slow.) PASSIVE waits for nobody: where a reader still needs an older state, it
-        brings over what it can, the file goes on growing, and the next checkpoint ends it."""
+        brings over what it can, the file goes on growing, and the next checkpoint ends it. Where
+        this one fails, nothing is lost, and the next one will do."""
         if _size(self.path + "-wal") < limit:
             return
         with contextlib.suppress(QueueError):
@@ -2551,7 +2560,7 @@ class Queue(Database):
                 self._add_incoming(rows, needed)
         self._add_incoming(rows, needed)
         with self._transaction():  # nothing in here may wait for anybody
-            last = self._value(LAST_SEQ)
+            last = self._value(LAST_SEQ)  # we have the writer lock: what comes after it is ours
             self._store_incoming(keys)
             if keys:
                 self._execute(TAKE_KEYS, {"last": last})
@@ -2583,10 +2592,10 @@ class Queue(Database):
             try:
                 self._execute(STORE_INCOMING)
                 return
-            except sqlite3.IntegrityError:
+            except sqlite3.IntegrityError:  # only of an id; the statement has undone itself
                 taken = self._rows(IDS_TAKEN)
             drawn = [(new_id(), row["number"]) for row in taken if not row["chosen"]]
-            if not drawn:  # the first one of a pair may be the only one that nobody else has
+            if not drawn:  # all were chosen: to blame is who is stored, or the later of two
                 seen: set[str] = set()
                 for row in taken:
                     if row["id"] in seen or self._value("SELECT 1 FROM jobs WHERE id = ?",
@@ -3136,7 +3145,9 @@ class Queue(Database):
             "run_after": run_after, "last_error": error, "at": iso(now)})
         if row["unique_key"] and state in ENDED:
             self._execute(FREE_KEY, {"key": row["unique_key"], "seq": result.seq})
-        if result.output is not None:
+        # What was shown live is replaced by what is kept, at the same places: who follows goes on.
+        # A rescuer has none, and leaves it; where nothing is kept, nothing was shown.
+        if result.output:
             self._execute("DELETE FROM output WHERE run = ?", (result.run,))
             self._add_pieces(result.run, result.output)
         self._execute(SETTLE_RUN, result.__dict__)
@@ -3189,7 +3200,7 @@ class Queue(Database):
 
     def _next(self, now: float) -> sqlite3.Row | None:
         row = self._row(NEXT_OF_ALL if self._serves_every else NEXT_OF_SERVED, {"now": now})
-        if row is not None and row["held"]:
+        if row is not None and row["held"]:  # never of NEXT_OF_SERVED: that leaves out held queues
             row = self._row(NEXT_OF_OTHERS, {"now": now})
         return row
 
@@ -3336,20 +3347,21 @@ class Rescuer:
     their runs as lost. Looks once a TICK, and soon again while a tree is dying. A job whose tree
     may be alive, and cannot be proven to be its, or does not die, stays as it is.
 
-    A tree is gone when nothing of it was seen twice: one that forks may be missed by a listing
-    of processes, and one that begins another program has no environment for an instant."""
+    A tree is gone when two looks in a row have seen nothing of it: a process that forks may be
+    missed by a listing, and one that begins another program has no environment for an instant."""
 
     def __init__(self) -> None:
         self.next_look = 0.0  # time.monotonic()
         self.dying = False  # whether it has to look again soon
         self.watching = True  # whether any run goes on: otherwise nobody has to look
-        self._pause = 0.0
+        self._pause = 0.0  # before the next look: for how long anything has been dying
         self._unseen: set[int] = set()  # runs of which nothing was seen the last time
 
     def look(self, queue: Queue, note: Callable[[str], None]) -> int:
         """How many jobs were taken back now. QueueError."""
         self.dying, self.next_look = False, time.monotonic() + TICK
         try:
+            self.watching = True  # should the next line fail
             runs = queue.open_runs()
             self.watching = bool(runs)
             rows = queue.orphans(runs)
@@ -3366,7 +3378,7 @@ class Rescuer:
     def _take_back(self, queue: Queue, row: sqlite3.Row, note: Callable[[str], None]) -> bool:
         dying, unproven = end_tree(os.path.join(queue.folder, row["lock"]), row["run"],
                                    run_name(queue, row["run"]))
-        if dying and self._pause >= TICK:
+        if dying and not unproven and self._pause >= TICK:
             unproven = "process %d, which does not die," % dying[0]
         if unproven and self._pause:  # the first may pass: who is dying shows no files any more
             queue.note_orphan(row["run"], "its worker died, and %s may be running it still"
@@ -3444,7 +3456,8 @@ class Output:
         return self._first, max(self._first, self.total - self._last)
 
     def fresh(self, seen: int) -> list[tuple[int, bytes]]:
-        """What is kept beyond the first `seen` bytes, and is not too much."""
+        """What is kept beyond the first `seen` bytes, and is not too much: who follows may miss
+        some of what is kept in the end."""
         seen = max(seen, self.total - LIVE_MOST)
         return [(max(start, seen), data[max(0, seen - start):])
                 for start, data in self.kept() if start + len(data) > seen]
@@ -3463,7 +3476,9 @@ class Execution:
                  lock: RunLock) -> None:
         self.claim = claim
         self.child: Child | None = None
-        self.shortage = False  # whether this machine, not the command, kept it from starting
+        # Whether this machine, not the command, kept it from starting: then it is put back, and
+        # tried again every TICK, for as long as that lasts.
+        self.shortage = False
         self.reading = False  # whether child.fd is open and not at its end
         self._show_at = time.monotonic() + LIVE_DELAY
         self._output = Output(claim.output_limit)
@@ -3602,16 +3617,16 @@ class Execution:
 #   Orders  are levels that only rise: RUN, DRAIN (finish the job, then exit), NOW (end the
 #           job, put it back). They stand in the lock files, as their sizes: a worker follows
 #           its own and its supervisor's, whose free lock means DRAIN. Only the supervisor
-#           judges signals, because one Ctrl-C reaches every process of the terminal, and a
-#           closed window sends two SIGHUPs.
+#           judges signals (a worker takes SIGTERM for DRAIN), because one Ctrl-C reaches every
+#           process of the terminal, and a closed window sends two SIGHUPs.
 #   Bells   are hints: somebody has written something that concerns you. Whatever a lost one
-#           should have told is found within TICK, by one clock for each process.
+#           should have told a worker is found within TICK, by one clock for each process.
 #
 # A process sleeps in one place, Worker._sleep or Supervisor._wait. What it owes to others is done
 # there, once a TICK, whether it is idle or its jobs follow one another at once.
 
-SUPERVISION = 5 * TICK  # the same of a supervisor, whose workers hear orders for it, too
-HOUSEKEEPING = 60.0  # seconds between two looks for completed jobs past keep_completed
+SUPERVISION = 5 * TICK  # longest sleep of a supervisor, whose workers hear its orders sooner
+HOUSEKEEPING = 60.0  # seconds of rest once all completed jobs were looked at, for keep_completed
 SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
 SETTLED_IN = 2.0  # seconds that a worker must have lived for its death not to count as "keeps"
@@ -3669,7 +3684,7 @@ class Worker:
         self._open_pipes: dict[int, Child] = {}  # pipes that outlived their job: drained, too
         self._rescuer = Rescuer()
         self._next_look = 0.0  # when it looks around, whatever happens: once a TICK
-        self._rung = False  # whether something may have changed since _work looked
+        self._rung = False  # whether something may have changed since _work or _attend looked
         self._clock = 0.0
         self._complaints: set[str] = set()
 
@@ -3747,6 +3762,7 @@ class Worker:
         kept until it is stored, and is stored also where no next job could be locked."""
         lock = ""
         while result is not None or self._level == RUN:
+            # Once for a settle: again, it would take the file of the run that is not settled.
             if not lock and self._level == RUN:
                 try:
                     lock = self._lock.renew()
@@ -3754,7 +3770,8 @@ class Worker:
                     self._complain("cannot lock a file for the next job: %s" % error)
             wanted = self._name if lock and self._level == RUN else None
             try:
-                # Who has nothing to store does not wait for long: it would not hear an order.
+                # Who has nothing to store does not wait for long: it would not hear an order. Who
+                # has hears none meanwhile, and at NOW gives the result up: its run will be `lost`.
                 with self._queue.impatient(TICK if result is None else BUSY_BUDGET):
                     settled, claim = self._queue.turn(result, wanted, lock)
             except DatabaseUnavailable as error:
@@ -3775,7 +3792,7 @@ class Worker:
         return None
 
     def _complain(self, text: str) -> None:
-        """Warn, but only once until something has succeeded again."""
+        """Warn, but only once until a claim has succeeded again."""
         if text not in self._complaints:
             self._log.warn(text)
         self._complaints.add(text)
@@ -4071,10 +4088,10 @@ class Supervisor:
         now = time.monotonic()
         if self._rescuer.dying and now >= self._rescuer.next_look:
             self._rescue()
-        if self._level == RUN and (now >= self._next_housekeeping or now >= self._next_checkpoint
-                                   and _size(self._options.path + "-wal") >= WAL_LIMIT):
+        if self._level == RUN and now >= self._next_housekeeping or (
+                now >= self._next_checkpoint and _size(self._options.path + "-wal") >= WAL_LIMIT):
             self._next_checkpoint = now + TICK / 2  # a slow reader may keep the -wal file long
-            self._next_housekeeping = max(self._next_housekeeping, now + TICK)
+            self._next_housekeeping = max(self._next_housekeeping, now + TICK)  # should it fail
             with contextlib.suppress(QueueError), open_queue(self._options) as queue:
                 self._housekeep(queue)
 
@@ -4152,8 +4169,9 @@ class Supervisor:
 
     def _housekeep(self, queue: Queue) -> None:
         """Checkpoint, say how many workers are left (or --ensure would count on those that have
-        ended), and delete completed jobs past their time. In small steps, so that this never
-        holds the writer lock, nor a signal, for long."""
+        ended), and delete completed jobs past their time: at once while there are some, a step each
+        TICK while there are none, so that this never holds the writer lock, nor a signal, for long
+        (a checkpoint does, for as long as the disk takes to write WAL_LIMIT)."""
         with contextlib.suppress(QueueError), queue.impatient(TICK):
             queue.checkpoint()
             queue.set_count(self._options.name, len(self._seats))
