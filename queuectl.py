@@ -4052,7 +4052,8 @@ class Supervisor:
     def _leave(self) -> None:
         """Its row is swept by the next one: opening the database takes longer than all this."""
         if self._rescuer.dying:
-            with contextlib.suppress(QueueError), open_queue(self._options) as queue:
+            with contextlib.suppress(QueueError), open_queue(self._options) as queue, \
+                    queue.impatient(TICK):
                 self._rescuer.finish(queue, self._log.warn)
         remove(self._bell_path)
         release(self._lock_path, self._held)
