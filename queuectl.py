@@ -3786,13 +3786,14 @@ class Worker:
                     if self._child is not None:
                         self._child.close()
                 if wanted or self._level != RUN:
-                    self._recovered()
+                    if claim is None:
+                        self._recovered()
                     return claim
             self._back_off()
         return None
 
     def _complain(self, text: str) -> None:
-        """Warn, but only once until a claim has succeeded again."""
+        """Warn, but only once until a job has started again, or none is there to start."""
         if text not in self._complaints:
             self._log.warn(text)
         self._complaints.add(text)
@@ -3833,6 +3834,7 @@ class Worker:
                               self._lock)
         child = execution.child
         if child is not None:
+            self._recovered()
             self._waiter.watch(child.fd)
             self._waiter.expect(child.pid)
         try:
@@ -3849,6 +3851,7 @@ class Worker:
                 if len(self._open_pipes) > MOST_OPEN_PIPES:
                     self._drop_pipe(next(iter(self._open_pipes)))
         elif execution.shortage:
+            self._complain("a job %s; trying again every second" % result.error)
             for fd in list(self._open_pipes):  # each of them holds a descriptor
                 self._drop_pipe(fd)
             self._back_off()
