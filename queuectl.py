@@ -3351,29 +3351,29 @@ class Rescuer:
     missed by a listing, and one that begins another program has no environment for an instant."""
 
     def __init__(self) -> None:
-        self.next_look = 0.0  # time.monotonic()
-        self.dying = False  # whether it has to look again soon
+        self.next_look = math.inf  # time.monotonic(), where it has to look again soon
+        self.dying = False  # whether it has to
         self.watching = True  # whether any run goes on: otherwise nobody has to look
         self._pause = 0.0  # before the next look: for how long anything has been dying
         self._unseen: set[int] = set()  # runs of which nothing was seen the last time
 
     def look(self, queue: Queue, note: Callable[[str], None]) -> int:
         """How many jobs were taken back now. QueueError."""
-        self.dying, self.next_look = False, time.monotonic() + TICK
+        self.dying, self.next_look = False, math.inf
         try:
             self.watching = True  # should the next line fail
             runs = queue.open_runs()
             self.watching = bool(runs)
             rows = queue.orphans(runs)
             self._unseen.intersection_update(row["run"] for row in rows)
-            count = sum(self._take_back(queue, row, note) for row in rows)
+            return sum(self._take_back(queue, row, note) for row in rows)
         except OSError as error:
             kind = DatabaseUnavailable if error.errno in SHORTAGES else QueueError
             raise kind("cannot look for dead workers: %s" % error) from None
-        self._pause = min(TICK, 2 * self._pause or RESCUE_PAUSE) if self.dying else 0.0
-        if self.dying:
-            self.next_look = time.monotonic() + self._pause
-        return count
+        finally:
+            self._pause = min(TICK, 2 * self._pause or RESCUE_PAUSE) if self.dying else 0.0
+            if self.dying:
+                self.next_look = time.monotonic() + self._pause
 
     def _take_back(self, queue: Queue, row: sqlite3.Row, note: Callable[[str], None]) -> bool:
         dying, unproven = end_tree(os.path.join(queue.folder, row["lock"]), row["run"],
@@ -3909,8 +3909,8 @@ class Worker:
         descriptors that can be read. What is due meanwhile is done here. QueueError: the
         database is gone."""
         ready = self._waiter.wait(min(
-            until, self._queue.sync_at, self._next_look,
-            self._rescuer.next_look if self._rescuer.dying else math.inf) - time.monotonic())
+            until, self._queue.sync_at, self._next_look, self._rescuer.next_look)
+            - time.monotonic())
         for fd in ready:
             if fd == self._bell.fd:
                 self._bell.clear()
@@ -3931,8 +3931,7 @@ class Worker:
                 self._rung |= self._queue.changed() | self._clock_was_set()
         if tick or self._rung:
             self._look_around()
-        if tick and (self._rung or self._rescuer.watching) \
-                or self._rescuer.dying and now >= self._rescuer.next_look:
+        if tick and (self._rung or self._rescuer.watching) or now >= self._rescuer.next_look:
             # Its own job must not wait for that.
             with contextlib.suppress(DatabaseUnavailable), self._queue.impatient():
                 self._rung |= self._rescuer.look(self._queue, self._log.warn) > 0
@@ -4085,12 +4084,12 @@ class Supervisor:
         until = min(time.monotonic() + SUPERVISION,
                     self._next_housekeeping if self._level == RUN else math.inf,
                     min(seat.replace_at for seat in self._seats.values()),
-                    self._rescuer.next_look if self._rescuer.dying else math.inf)
+                    self._rescuer.next_look)
         if self._bell.fd in self._waiter.wait(until - time.monotonic()):
             self._bell.clear()
         self._obey(os.fstat(self._held).st_size)
         now = time.monotonic()
-        if self._rescuer.dying and now >= self._rescuer.next_look:
+        if now >= self._rescuer.next_look:
             self._rescue()
         if self._level == RUN and now >= self._next_housekeeping or (
                 now >= self._next_checkpoint and _size(self._options.path + "-wal") >= WAL_LIMIT):
