@@ -299,18 +299,12 @@ def _base32(number: int, digits: int) -> str:
     return "".join([BASE32[number >> shift & 31] for shift in range(5 * digits - 5, -1, -5)])
 
 
-_called: dict[str, list[str]] = {"as": ["queuectl.py"], "with": []}
-
-
-def called_as(program: Sequence[str], options: Sequence[str] = ()) -> None:
-    """Let hints begin with these words."""
-    _called.update({"as": list(program), "with": list(options)})
+called_as = ["queuectl.py"]  # the words that hints begin with: the program, and its --db
 
 
 def hint(command: str) -> str:
     """A command line that can be pasted, such as `queuectl.py worker start`."""
-    return " ".join(['"%s"' % word if " " in word else word
-                     for word in _called["as"] + _called["with"]] + [command])
+    return " ".join(['"%s"' % word if " " in word else word for word in called_as] + [command])
 
 
 def printable(text: str) -> str:
@@ -6199,7 +6193,7 @@ def build_parser(chosen: str = "") -> argparse.ArgumentParser:
         return parser.add_subparsers(title="commands", prog=parser.prog, metavar="COMMAND",
                                      parser_class=Parser, required=True, dest="command")
 
-    program = " ".join(_called["as"])
+    program = " ".join(called_as)
     parser = Parser(prog=program, formatter_class=HelpFormatter, add_help=False,
                     usage=program + " [--version] [--db PATH] COMMAND ...",
                     description="A durable job queue for shell commands; COMMAND --help has more "
@@ -6250,7 +6244,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.db == "":
         raise UsageError("argument --db: the path is empty")
     if args.db is not None:
-        called_as(_called["as"], ["--db", args.db])
+        called_as.extend(["--db", args.db])
     return args
 
 
@@ -6283,7 +6277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             allow_escapes(stream.fileno())
     try:
         try:
-            called_as(program_words() if argv is None else ["queuectl.py"])
+            called_as[:] = program_words() if argv is None else ["queuectl.py"]
             args = parse_arguments(sys.argv[1:] if argv is None else argv)
             code = args.run_command(args)
             sys.stdout.flush()
