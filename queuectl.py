@@ -2050,14 +2050,6 @@ def default_path() -> str:
     return os.path.join(folder, "queuectl.db")
 
 
-def resolve_path(path: str | None) -> str:
-    """The real path of a database: by default default_path(). QueueError."""
-    path = default_path() if path is None else path
-    if not path or "\0" in path:
-        raise QueueError("%s is not a path" % _shown(path))
-    return os.path.realpath(path)
-
-
 class Database:
     """An SQLite file of ours, which is created on first use. Knows nothing of jobs.
 
@@ -2070,7 +2062,7 @@ class Database:
 
     def __init__(self, path: str | None = None, *, durable: bool = True,
                  expect: str | None = None) -> None:
-        self.path = resolve_path(path)
+        self.path = self.path_of(path)
         self.folder = self.path + "-run"
         self.identity = ""
         self.sync_at = math.inf
@@ -2096,6 +2088,14 @@ class Database:
         except OSError as error:
             kind = DatabaseUnavailable if error.errno in SHORTAGES else QueueError
             raise kind("cannot open %s: %s" % (self.path, error.strerror)) from None
+
+    @staticmethod
+    def path_of(path: str | None) -> str:
+        """The real path of a database: by default default_path(). QueueError."""
+        path = default_path() if path is None else path
+        if not path or "\0" in path:
+            raise QueueError("%s is not a path" % _shown(path))
+        return os.path.realpath(path)
 
     def close(self) -> None:
         """Sync and close. The last one to close a database tidies up its -wal file."""
@@ -2469,7 +2469,6 @@ class Queue(Database):
 
     _serves_every = True
     _receiving = False  # whether enqueue_from is under way
-    path_of = staticmethod(resolve_path)
 
     def __enter__(self) -> Queue:
         return self
