@@ -1814,12 +1814,9 @@ MOVE_DUE = """
         SELECT seq FROM jobs WHERE hold > 0 AND hold IN (1, 2) AND run_after <= :now
         LIMIT %d)""" % DUE_BATCH
 NEXT_DUE = """
-    SELECT CASE WHEN EXISTS (%s) THEN :now ELSE min(run_after) END FROM (
-        SELECT * FROM (SELECT run_after FROM jobs WHERE hold > 0 AND hold = 1
-                       ORDER BY run_after LIMIT 1)
-        UNION ALL
-        SELECT * FROM (SELECT run_after FROM jobs WHERE hold > 0 AND hold = 2
-                       ORDER BY run_after LIMIT 1))""" % IS_DUE
+    SELECT CASE WHEN EXISTS (%s) THEN :now ELSE min(soonest) END FROM (
+        SELECT min(run_after) AS soonest FROM jobs WHERE hold > 0 AND hold = 1
+        UNION ALL SELECT min(run_after) FROM jobs WHERE hold > 0 AND hold = 2)""" % IS_DUE
 
 # The next job of all is the first of jobs_next. Only where its queue may not go on (`held`), or
 # where a worker serves certain queues, are the best ones of each queue compared: a seek per
