@@ -1836,18 +1836,20 @@ _CLAIM = """
                 AND (paused OR job_limit <= %s)) AS held
     FROM jobs""" % IN_USE
 NEXT_OF_ALL = _CLAIM + " WHERE hold = 0 ORDER BY priority DESC, seq LIMIT 1"
+_MAY_GO_ON = """served.queue NOT IN (%s)
+            AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused)""" % HELD
 _NEXT_MEMBERS_OF_QUEUES = _CLAIM + """ WHERE seq IN (
         SELECT (SELECT seq FROM jobs WHERE hold = 0 AND jobs.queue = served.queue
                 ORDER BY priority DESC, seq LIMIT 1)
-        FROM served WHERE served.queue NOT IN (%s)
-            AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused))
-    ORDER BY priority DESC, seq LIMIT 1""" % HELD
-NEXT_OF_OTHERS = """
+        FROM served WHERE %s)
+    ORDER BY priority DESC, seq LIMIT 1""" % _MAY_GO_ON
+_SERVING_ALL = """
     WITH RECURSIVE served(queue) AS (
         SELECT min(queue) FROM jobs WHERE hold = 0
         UNION ALL
         SELECT (SELECT min(queue) FROM jobs WHERE hold = 0 AND queue > served.queue)
-        FROM served WHERE served.queue IS NOT NULL)""" + _NEXT_MEMBERS_OF_QUEUES
+        FROM served WHERE served.queue IS NOT NULL)"""
+NEXT_OF_OTHERS = _SERVING_ALL + _NEXT_MEMBERS_OF_QUEUES
 NEXT_OF_SERVED = _NEXT_MEMBERS_OF_QUEUES.replace("served", "temp.served")  # each one in it
 
 CLAIM_JOB = """
@@ -1989,23 +1991,16 @@ RUNNING_IN = """
     SELECT id FROM runs JOIN jobs ON seq = job WHERE outcome IS NULL AND queue = :queue
     ORDER BY runs.run"""
 # Jobs of one queue and priority stand in the order of seq: a few seeks for each of these.
-OLDEST_READY = """
-    WITH RECURSIVE ready(queue) AS (
-        SELECT min(queue) FROM jobs WHERE hold = 0
-        UNION ALL
-        SELECT (SELECT min(queue) FROM jobs WHERE hold = 0 AND queue > ready.queue)
-        FROM ready WHERE ready.queue IS NOT NULL),
-    heads(queue, priority) AS (
-        SELECT queue, (SELECT max(priority) FROM jobs WHERE hold = 0 AND jobs.queue = ready.queue)
-        FROM ready WHERE queue NOT IN (%s)
-            AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '*' AND paused)
+OLDEST_READY = _SERVING_ALL + """, heads(queue, priority) AS (
+        SELECT queue, (SELECT max(priority) FROM jobs WHERE hold = 0 AND jobs.queue = served.queue)
+        FROM served WHERE %s
         UNION ALL
         SELECT queue, (SELECT max(priority) FROM jobs WHERE hold = 0 AND jobs.queue = heads.queue
                        AND jobs.priority < heads.priority)
         FROM heads WHERE priority IS NOT NULL)
     SELECT updated_at, run_after FROM jobs WHERE seq = (
         SELECT min((SELECT min(seq) FROM jobs WHERE hold = 0 AND jobs.queue = heads.queue
-                    AND jobs.priority = heads.priority)) FROM heads)""" % HELD
+                    AND jobs.priority = heads.priority)) FROM heads)""" % _MAY_GO_ON
 TOUCH = "PRAGMA application_id = %d" % APPLICATION_ID  # writes (an UPDATE to the same would not)
 SELECT_IDENTITY = "SELECT value FROM config WHERE key = 'database_id'"
 SELECT_WORKERS = """
