@@ -1576,6 +1576,7 @@ else:
 # keeps SQLite from an index that would be the worse one. A test asks for the plan of each query.
 
 APPLICATION_ID = 0x71756575  # "queu"; what marks a database file as ours
+MARK = "PRAGMA application_id = %d" % APPLICATION_ID  # writes, even where it is marked already
 WAL_LIMIT = 4 * 1024 ** 2  # bytes of -wal from which on a supervisor checkpoints it
 DUE_BATCH = 500  # jobs that one transaction moves from later to ready
 PRUNE_BATCH = 250  # jobs that one transaction deletes
@@ -1888,16 +1889,14 @@ CUT_OUTPUT = """
 READ_OUTPUT = """
     SELECT start, data FROM output
     WHERE run = :run AND (start + length(data) > :seen OR start > :seen) ORDER BY start"""
-COUNT_RUN = """
-    INSERT INTO stats VALUES (:minute, :queue, :outcome, 1, :seconds)
+_ADD_UP = """
     ON CONFLICT (minute, queue, outcome)
     DO UPDATE SET runs = runs + excluded.runs, seconds = seconds + excluded.seconds"""
+COUNT_RUN = "INSERT INTO stats VALUES (:minute, :queue, :outcome, 1, :seconds)" + _ADD_UP
 FOLD_STATS = (  # minutes that no rate asks for any more become one row per outcome
     """INSERT INTO stats
            SELECT 0, queue, outcome, sum(runs), sum(seconds) FROM stats
-           WHERE minute BETWEEN 1 AND :minute GROUP BY queue, outcome
-       ON CONFLICT (minute, queue, outcome)
-       DO UPDATE SET runs = runs + excluded.runs, seconds = seconds + excluded.seconds""",
+           WHERE minute BETWEEN 1 AND :minute GROUP BY queue, outcome""" + _ADD_UP,
     "DELETE FROM stats WHERE minute BETWEEN 1 AND :minute",
 )
 PAUSE = """
@@ -2001,7 +2000,6 @@ OLDEST_READY = _SERVING_ALL + """, heads(queue, priority) AS (
     SELECT updated_at, run_after FROM jobs WHERE seq = (
         SELECT min((SELECT min(seq) FROM jobs WHERE hold = 0 AND jobs.queue = heads.queue
                     AND jobs.priority = heads.priority)) FROM heads)""" % _MAY_GO_ON
-TOUCH = "PRAGMA application_id = %d" % APPLICATION_ID  # writes (an UPDATE to the same would not)
 SELECT_IDENTITY = "SELECT value FROM config WHERE key = 'database_id'"
 SELECT_WORKERS = """
     SELECT workers.*, jobs.id AS job, jobs.locked_at AS job_started_at
@@ -2210,7 +2208,7 @@ class Database:
             self._execute("PRAGMA page_size = 1024")
             self._execute("PRAGMA auto_vacuum = INCREMENTAL")
             with self._transaction():
-                self._execute("PRAGMA application_id = %d" % APPLICATION_ID)
+                self._execute(MARK)
         self._execute("PRAGMA journal_mode = WAL")
         with self._transaction():
             version = self._value("PRAGMA user_version")  # others may have been faster
@@ -2382,7 +2380,7 @@ class Database:
                 finally:
                     self._execute("ROLLBACK")
                 # The next write begins the -wal file anew, and cuts it to journal_size_limit.
-                self._execute(TOUCH)
+                self._execute(MARK)  # (an UPDATE to the same would not write)
             finally:
                 other.close()
 
