@@ -3240,12 +3240,9 @@ class Queue(Database):
 
     def orphans(self, rows: list[sqlite3.Row]) -> list[sqlite3.Row]:
         """Those of the open runs whose worker is dead."""
-        alive: dict[str, bool] = {}
-        for row in rows:
-            name = row["worker"]
-            if name not in alive:
-                alive[name] = is_held(self.lock_path(name))
-        return [row for row in rows if not alive[row["worker"]]]
+        dead = {name for name in {row["worker"] for row in rows}
+                if not is_held(self.lock_path(name))}
+        return [row for row in rows if row["worker"] in dead]
 
     def note_orphan(self, run: int, text: str) -> None:
         """Note why an orphaned run cannot be settled yet."""
