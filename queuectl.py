@@ -2922,11 +2922,10 @@ class Queue(Database):
         `states` and that no unfinished job waits for. Returns how many. In small transactions."""
         before, last, count = time.time() - older_than, 0, 0
         while True:
-            reached, deleted = self.prune_step(states, before, last, queue)
+            last, deleted = self.prune_step(states, before, last, queue)
             count += deleted
-            if not reached:
+            if not last:
                 break
-            last = reached
         self.give_back_space(sys.maxsize)
         self.checkpoint(0)  # only that shortens the file itself
         return count
@@ -3262,15 +3261,15 @@ class Queue(Database):
         dead = {name for name in names if not is_held(self.lock_path(name))}
         # The dead claim no more: what they run now is all that they will ever have run.
         dead -= {row["worker"] for row in self.open_runs()}
-        for name in registered:  # who has registered since then lives
-            if name in dead:
-                self.unregister(name)
+        for name in dead.intersection(registered):  # who has registered since then lives
+            self.unregister(name)
         for file in files:
             owner, _, kind = file.partition(".")
             path = os.path.join(self.folder, file)
             if owner in dead and kind == "lock":
-                with contextlib.suppress(BlockingIOError):
-                    release(path, hold(path, patience=0))
+                fd = take(path)
+                if fd is not None:
+                    release(path, fd)
             elif owner in dead and (kind in ("bell", "run0", "run1") or kind.isdigit()) \
                     or kind == "out" or file == "synced":  # of schema 2, some of them
                 remove(path)
