@@ -399,7 +399,7 @@ def _number(value: Any) -> float:
         number = value
     elif isinstance(value, str):
         try:
-            number = float(value) if not value.strip("+-").isdecimal() else int(value)
+            number = float(value)
         except ValueError:
             raise QueueError("%r is not a number" % value) from None
     else:
@@ -423,7 +423,7 @@ def parse_integer(low: int, high: int) -> Callable[[Any], int]:
         if number != int(number):
             raise QueueError("%s is not a whole number" % value)
         if not low <= number <= high:
-            raise QueueError("%s is not between %d and %d" % (value, low, high))
+            raise QueueError("%d is not between %d and %d" % (number, low, high))
         return int(number)
     return parse
 
@@ -454,13 +454,13 @@ def parse_duration(value: Any) -> float:
 
 def parse_size(value: Any) -> int:
     """Bytes from `65536`, `64K`, `64KiB`, `1M`, or a number."""
-    text = str(value).lower().replace(" ", "") if isinstance(value, str) else value
-    unit = ""
-    if isinstance(text, str):
-        digits = text.rstrip("kmib")
-        text, unit = digits, text[len(digits):]
+    number, unit = value, ""
+    if isinstance(value, str):
+        text = value.lower().replace(" ", "")
+        number = text.rstrip("kmib")
+        unit = text[len(number):]
     try:
-        size = _number(text) * SIZE_UNITS[unit]
+        size = _number(number) * SIZE_UNITS[unit]
     except (QueueError, KeyError):
         raise QueueError("%s is not a size such as 65536, 64K or 1M" % _shown(value)) from None
     return parse_integer(0, 256 * 1024 ** 2)(size)
