@@ -2803,7 +2803,8 @@ class Queue(Database):
                     raise QueueError("job %s has ended already (%s)" % (job.id, job.state))
             for job in jobs:
                 self._cancel(job)
-        return [self.get(job.id) for job in self._ring_for(jobs)]
+        self._ring_for(jobs)
+        return self._named(ids)
 
     def cancel_all(self, queue: str | None = None) -> int:
         """Cancel every job of a queue (None: of all) that has not ended; how many. In small
@@ -2826,11 +2827,10 @@ class Queue(Database):
             return True
         return self._execute(CANCEL_RUNNING, parameters).rowcount > 0
 
-    def _ring_for(self, jobs: list[Job]) -> list[Job]:
+    def _ring_for(self, jobs: list[Job]) -> None:
         for job in jobs:
             if job.locked_by:
                 self.ring(job.locked_by)
-        return jobs
 
     def _pages(self, state: str, queue: str | None) -> Iterator[list[Job]]:
         jobs = self.jobs(state, queue)
