@@ -124,7 +124,6 @@ LEAST_EPOCH = 10 ** 8  # 1973: a smaller number is hardly meant as a time
 EPOCH = datetime(1970, 1, 1)
 MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z, the last second that ISO 8601 can name
 CYCLE = 146097 * 86400  # seconds of 400 years: after them, the calendar is the same again
-MAX_ISO = "9999-12-31T23:59:59.999Z"
 DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 SIZE_UNITS = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024,
@@ -1462,8 +1461,7 @@ else:
         """A FIFO that wakes its owner. A byte is a hint only, and may be lost."""
 
         def __init__(self, path: str) -> None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            remove(path)
             os.mkfifo(path, 0o600)
             os.chmod(path, 0o600)  # whatever the umask
             self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
@@ -2014,7 +2012,7 @@ BUSY_BUDGET = 30.0  # seconds for which a busy database is tried again
 IMPATIENCE = 0.01  # the same where somebody has something better to do; see impatient()
 LOOKS = 1.0  # seconds for which a file that looks bad and changes is looked at again
 SYNC_DELAY = 0.1  # seconds that a worker's commit may wait for its fsync
-UNAVAILABLE = ("locked", "busy", "full", "disk I/O error", "unable to open", "locking protocol")
+UNAVAILABLE = ("full", "disk I/O error", "unable to open", "locking protocol")
 
 _connections: set[int] = set()  # ids of the Databases open in this process; see safe_to_fork()
 
@@ -2908,7 +2906,7 @@ class Queue(Database):
                 if job.state != "dead":
                     raise QueueError("job %s is %s, not dead" % (job.id, job.state))
                 if not self._value(STILL_PRUNABLE % "'dead'", {
-                        "seq": job.seq, "before": MAX_ISO, "queue": None}):
+                        "seq": job.seq, "before": iso(MAX_EPOCH), "queue": None}):
                     raise QueueError("a job waits for %s; cancel that, and prune it first" % job.id)
             self._delete([{"seq": job.seq} for job in jobs])
 
@@ -3216,18 +3214,13 @@ class Queue(Database):
     def housekeeping(self, last: int) -> tuple[int, int]:
         """One prune_step() of completed jobs past keep_completed; in its last one, minutes that
         no rate asks for any more become one row per outcome."""
-        keep, deleted = self.settings()["keep_completed"], 0
-        if keep:
-            last, deleted = self.prune_step(("completed",), time.time() - keep, last)
-            self.give_back_space(1 if deleted else 0)
-        else:
-            last = 0
-        minute = {"minute": time.time() // 60 - 61}
-        if not last and self._value("SELECT 1 FROM stats WHERE minute BETWEEN 1 AND :minute",
-                                       minute):
+        now, keep = time.time(), self.settings()["keep_completed"]
+        last, deleted = self.prune_step(("completed",), now - keep, last) if keep else (0, 0)
+        self.give_back_space(1 if deleted else 0)
+        if not last:
             with self._transaction():
                 for statement in FOLD_STATS:
-                    self._execute(statement, minute)
+                    self._execute(statement, {"minute": now // 60 - 61})
         return last, deleted
 
     # Rescue.
