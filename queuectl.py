@@ -2647,18 +2647,17 @@ class Queue(Database):
         if state is None:
             where = "1"
         else:
-            rare = self._is_rare(_members(state))
-            where = "jobs.seq IN (%s)" % MEMBERS[state] if rare else PREDICATES[state]
-        last, left = 0, float("inf") if limit is None else limit
+            members = _members(state)
+            where = "jobs.seq IN (%s)" % members if self._is_rare(members) else PREDICATES[state]
+        last, left = 0, sys.maxsize if limit is None else limit
         if newest is not None:
             left = min(left, newest)
             last = self._value(BEFORE_NEWEST % where, {"queue": queue, "limit": newest}) or 0
         while left > 0:
             rows = self._rows(SELECT_PAGE % where, {
-                "last": last, "queue": queue, "limit": int(min(PAGE, left))})
-            for row in rows:
-                yield self._job(row)
-            if len(rows) < min(PAGE, left):
+                "last": last, "queue": queue, "limit": min(PAGE, left)})
+            yield from map(self._job, rows)
+            if len(rows) < PAGE:
                 return
             last, left = rows[-1]["seq"], left - len(rows)
 
