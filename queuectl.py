@@ -3006,8 +3006,7 @@ class Queue(Database):
         except QueueError as error:
             raise QueueError("%s: %s" % (found.name, error)) from None
         with self._transaction():
-            self._execute("INSERT OR REPLACE INTO config VALUES (?, ?)", (
-                found.name, parsed if isinstance(parsed, str) else repr(parsed)))
+            self._execute("INSERT OR REPLACE INTO config VALUES (?, ?)", (found.name, str(parsed)))
 
     def unset_setting(self, key: str) -> None:
         """Let a setting have its default again. QueueError."""
@@ -3280,9 +3279,8 @@ def total(queues: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     return {state: sum(row[state] for row in queues.values()) for state in STATES + VIEWS}
 
 
-def summary(stats: Iterable[tuple[str, str, int, float]]) -> dict[str, float]:
+def summary(stats: list[tuple[str, str, int, float]]) -> dict[str, float]:
     """Runs that ended, how many of them not well, and their mean seconds."""
-    stats = list(stats)
     runs, seconds = sum(row[2] for row in stats), sum(row[3] for row in stats)
     failed = sum(row[2] for row in stats if row[1] in ("failed", "timeout", "lost"))
     return {"runs": runs, "failed": failed,
