@@ -1770,9 +1770,9 @@ COUNT_UNMET = """
     UPDATE jobs SET unmet = (SELECT count(*) FROM deps JOIN jobs AS need ON need.seq = needs
                              WHERE job = jobs.seq AND need.state != 'completed')
     WHERE seq > :last AND after IS NOT NULL"""
-HOLD_NEW = """
-    UPDATE jobs SET hold = CASE WHEN run_after > :now THEN 1 ELSE 0 END
-    WHERE seq > :last AND after IS NOT NULL AND unmet = 0"""
+# Why a pending job waits, if it does: for others, or for its time.
+_HOLD = "CASE WHEN %s > 0 THEN 3 WHEN run_after > :now THEN 1 ELSE 0 END"
+HOLD_NEW = "UPDATE jobs SET hold = %s WHERE seq > :last AND after IS NOT NULL" % (_HOLD % "unmet")
 # A circle can only be among new jobs, and only where one of them names itself or a later one.
 NEW_NEEDS = """
     SELECT job, needs FROM deps WHERE job > :last AND needs > :last
@@ -1781,9 +1781,8 @@ NEW_QUEUES = "SELECT DISTINCT queue FROM jobs WHERE seq > :last AND hold IN (0, 
 MEET_DEPENDANTS = """
     UPDATE jobs SET unmet = unmet - 1,
         updated_at = CASE state WHEN 'pending' THEN :at ELSE updated_at END,
-        hold = CASE WHEN hold < 0 THEN hold WHEN unmet > 1 THEN 3 WHEN run_after > :now THEN 1
-            ELSE 0 END
-    WHERE seq IN (SELECT job FROM deps WHERE needs = :seq)"""
+        hold = CASE WHEN hold < 0 THEN hold ELSE %s END
+    WHERE seq IN (SELECT job FROM deps WHERE needs = :seq)""" % (_HOLD % "unmet - 1")
 READY_DEPENDANTS = """
     SELECT DISTINCT queue FROM deps JOIN jobs ON seq = job WHERE needs = :seq AND hold IN (0, 1)"""
 BLOCKERS = """
@@ -1935,9 +1934,8 @@ EDIT_JOB = """
     WHERE seq = :seq"""
 RETRY_JOB = """
     UPDATE jobs SET state = 'pending', attempts = 0, last_error = NULL, updated_at = :at,
-        hold = CASE WHEN unmet > 0 THEN 3 WHEN run_after > :now THEN 1 ELSE 0 END,
-        run_after = CASE WHEN run_after > :now THEN run_after END
-    WHERE seq = :seq AND state = :state"""
+        hold = %s, run_after = CASE WHEN run_after > :now THEN run_after END
+    WHERE seq = :seq AND state = :state""" % (_HOLD % "unmet")
 # Jobs that have ended, that are past their time, and that no job with unmet needs waits for.
 _PRUNABLE = """state IN (%s) AND updated_at <= :before
         AND (:queue IS NULL OR +queue = :queue) AND NOT EXISTS (
