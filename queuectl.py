@@ -779,11 +779,8 @@ def give_order(path: str, order: int) -> None:
     """Give an order to the process that holds the lock file at `path`. (Not to this process
     itself: to close the file would drop its lock.)"""
     with contextlib.suppress(FileNotFoundError, PermissionError):  # it has gone, or is just going
-        fd = os.open(path, os.O_RDWR)
-        try:
-            raise_order(fd, order)
-        finally:
-            os.close(fd)
+        with open(path, "r+b", 0) as file:
+            raise_order(file.fileno(), order)
 
 
 def hold(path: str, patience: float = math.inf) -> int:
@@ -1120,20 +1117,17 @@ else:
         if _held.get(path) == os.getpid():
             return True
         try:
-            fd = os.open(path, os.O_RDONLY)
+            with open(path, "rb", 0) as file:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
         except FileNotFoundError:
             return False
+        except BlockingIOError:
+            return True
         except PermissionError:
             owner = os.stat(os.path.dirname(path)).st_uid
             raise QueueError("only the user who runs the workers (uid %d) can see which of them "
                              "are alive, and stop them" % owner) from None
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
 
     class RunLock:
         """The flock that the process tree of each run of one worker inherits. Its file also
@@ -1267,16 +1261,15 @@ else:
     def _tree(path: str, run: int, name: str) -> tuple[list[int], str | None]:
         """(proven, unproven) of a run that its worker has left behind: the processes of it, or
         where there are none, in words, one that is alive and may be. Neither: none was seen."""
-        lock, record, unproven = None, [], None
+        lock, unproven = None, None
+        record: list[str] = []
         with contextlib.suppress(FileNotFoundError):  # then the environment alone tells
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                record = os.read(fd, 200).decode("ascii", "replace").split()
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock, unproven = os.fstat(fd), "a process that holds %s" % path
-            finally:
-                os.close(fd)
+            with open(path, "rb", 0) as file:
+                record = file.read(200).decode("ascii", "replace").split()
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    lock, unproven = os.fstat(file.fileno()), "a process that holds %s" % path
         leader, before, after = -1, 0.0, 0.0
         if record[:1] == [str(run)] and " ".join(record[4:]) == _this_boot():
             leader, before, after = int(record[1]), float(record[2]), float(record[3])
