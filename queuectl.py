@@ -1935,7 +1935,7 @@ _PRUNABLE = """state IN (%s) AND updated_at <= :before
             SELECT 1 FROM deps JOIN jobs AS dependant ON dependant.seq = deps.job
             WHERE deps.needs = jobs.seq AND jobs.state != 'completed' AND dependant.unmet > 0)"""
 FIND_PRUNABLE = "SELECT seq, " + _PRUNABLE + """ AS prunable
-    FROM jobs WHERE seq > :last ORDER BY seq LIMIT """ + str(PRUNE_BATCH) + "\n"
+    FROM jobs WHERE seq > :last ORDER BY seq LIMIT :batch"""
 STILL_PRUNABLE = "SELECT 1 FROM jobs WHERE seq = :seq AND " + _PRUNABLE
 DELETE_JOB = (
     "DELETE FROM deps WHERE job = :seq", "DELETE FROM deps WHERE needs = :seq",
@@ -2925,7 +2925,8 @@ class Queue(Database):
         it: the look that decides is the one under the writer lock, at each of them. Returns
         the seq that it reached (0: the end), how many it deleted."""
         words = ", ".join("'%s'" % state for state in ENDED if state in states)
-        values: dict[str, Any] = {"before": iso(before), "last": last, "queue": queue}
+        values: dict[str, Any] = {"before": iso(before), "last": last, "queue": queue,
+                                  "batch": PRUNE_BATCH}
         rows = self._rows(FIND_PRUNABLE % words, values)
         seqs = [{"seq": row["seq"]} for row in rows if row["prunable"]]
         if seqs:

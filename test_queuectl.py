@@ -1877,8 +1877,7 @@ class ModelTest(StorageCase):
                      and job["updated"] <= before
                      and (job["state"] == "completed" or id not in waited_for)]
         self.log("prune %s older than %s: %s", states, age, gone)
-        find = queuectl.FIND_PRUNABLE.replace(str(queuectl.PRUNE_BATCH), str(batch))
-        with mock.patch.multiple(queuectl, PRUNE_BATCH=batch, FIND_PRUNABLE=find):
+        with mock.patch.object(queuectl, "PRUNE_BATCH", batch):
             self.assertEqual(self.any_queue().prune(states, age), len(gone))
         for id in gone:
             del self.jobs[id]
