@@ -2679,8 +2679,8 @@ class Queue(Database):
         return jobs, values["floor"] if more else None
 
     def _is_rare(self, members: str, queue: str | None = None) -> bool:
-        return bool(self._value("SELECT count(*) <= %d FROM (SELECT 1 FROM (%s) LIMIT %d)"
-                                % (RARE, members, RARE + 1), {"queue": queue}))
+        return self._value("SELECT 1 FROM (%s) LIMIT 1 OFFSET %d" % (members, RARE),
+                           {"queue": queue}) is None
 
     def runs(self, id: str) -> list[Run]:
         """Every run of a job, the first one first. QueueError if there is no such job."""
@@ -2950,8 +2950,7 @@ class Queue(Database):
     def pause(self, queue: str | None = None) -> None:
         """Hand out no more jobs of a queue, or of any."""
         with self._transaction():
-            self._execute(
-                PAUSE, (EVERY_QUEUE if queue is None else parse_queue(queue),))
+            self._execute(PAUSE, (EVERY_QUEUE if queue is None else parse_queue(queue),))
 
     def resume(self, queue: str | None = None) -> None:
         """Hand out jobs again: of a queue, or (None) of every queue that was paused."""
