@@ -394,14 +394,11 @@ def format_age(seconds: float) -> str:
 # the value's name.
 
 def _number(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = value
-    elif isinstance(value, str):
-        try:
+    number = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
             number = float(value)
-        except ValueError:
-            raise QueueError("%r is not a number" % value) from None
-    else:
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
         raise QueueError("%s is not a number" % _shown(value))
     if not -1e18 < number < 1e18:  # NaN and the infinities, too
         raise QueueError("%s is out of range" % value)
@@ -488,14 +485,12 @@ def parse_time(value: Any, now: float | None = None) -> float:
                 return min(when for when in (today.timestamp(),
                                              (today + timedelta(days=1)).timestamp()) if when > now)
             return from_epoch(from_iso(value))
-    try:
-        seconds = from_epoch(_number(value))
-        if seconds < LEAST_EPOCH:
-            raise QueueError("is a number such as a person would not mean")
-        return seconds
-    except QueueError:
-        raise QueueError("%s is not a time such as 2026-01-31T08:00, 2026-01-31T08:00Z, 23:30, "
-                         "+10m or epoch seconds" % _shown(value)) from None
+    with contextlib.suppress(QueueError):
+        seconds = _number(value)
+        if LEAST_EPOCH <= seconds <= MAX_EPOCH:
+            return seconds
+    raise QueueError("%s is not a time such as 2026-01-31T08:00, 2026-01-31T08:00Z, 23:30, "
+                     "+10m or epoch seconds" % _shown(value))
 
 
 def parse_text(value: Any) -> str:
