@@ -476,10 +476,8 @@ def parse_time(value: Any, now: float | None = None) -> float:
     if isinstance(value, str) and not value.isdecimal():  # 20260131 is a date since Python 3.11
         if value.startswith("+"):
             return from_epoch(now + parse_duration(value[1:]))
-        if value[1:2] == ":":
-            value = "0" + value
         with contextlib.suppress(ValueError, OverflowError, OSError):
-            if value[2:3] == ":":
+            if ":" in value[1:3]:
                 today = datetime.combine(datetime.fromtimestamp(now),
                                          datetime.strptime(value, "%H:%M").time())
                 return min(when for when in (today.timestamp(),
