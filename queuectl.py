@@ -3308,7 +3308,7 @@ class Rescuer:
         self.dying = False  # whether it has to
         self.watching = True  # whether any run goes on: otherwise nobody has to look
         self._pause = 0.0  # before the next look: for how long anything has been dying
-        self._unseen: set[int] = set()  # runs of which nothing was seen the last time
+        self._unseen: set[int] = set()  # runs of which nothing was seen by the last look
 
     def look(self, queue: Queue, note: Callable[[str], None]) -> int:
         """How many jobs were taken back now. QueueError."""
@@ -3318,8 +3318,8 @@ class Rescuer:
             runs = queue.open_runs()
             self.watching = bool(runs)
             rows = queue.orphans(runs)
-            self._unseen.intersection_update(row["run"] for row in rows)
-            return sum(self._take_back(queue, row, note) for row in rows)
+            before, self._unseen = self._unseen, set()
+            return sum(self._take_back(queue, row, row["run"] in before, note) for row in rows)
         except OSError as error:
             kind = DatabaseUnavailable if error.errno in SHORTAGES else QueueError
             raise kind("cannot look for dead workers: %s" % error) from None
@@ -3328,7 +3328,8 @@ class Rescuer:
             if self.dying:
                 self.next_look = time.monotonic() + self._pause
 
-    def _take_back(self, queue: Queue, row: sqlite3.Row, note: Callable[[str], None]) -> bool:
+    def _take_back(self, queue: Queue, row: sqlite3.Row, unseen: bool,
+                   note: Callable[[str], None]) -> bool:
         dying, unproven = end_tree(os.path.join(queue.folder, row["lock"]), row["run"],
                                    run_name(queue, row["run"]))
         if dying and not unproven and self._pause >= TICK:
@@ -3336,12 +3337,9 @@ class Rescuer:
         if unproven and self._pause:  # the first may pass: who is dying shows no files any more
             queue.note_orphan(row["run"], "its worker died, and %s may be running it still"
                               % unproven)
-        if dying or unproven:
-            self._unseen.discard(row["run"])
-            self.dying = True
-            return False
-        if row["run"] not in self._unseen:
+        if not dying and not unproven:
             self._unseen.add(row["run"])
+        if dying or unproven or not unseen:
             self.dying = True
             return False
         now = time.time()
