@@ -326,13 +326,8 @@ def iso(epoch: float | None) -> str | None:
     """Epoch seconds as ISO 8601 in UTC, to the millisecond."""
     if epoch is None:
         return None
-    seconds, millis = divmod(int(epoch * 1000), 1000)
-    return "%s.%03dZ" % (_utc(seconds), millis)
-
-
-@functools.lru_cache(maxsize=64)
-def _utc(epoch: int) -> str:
-    return (EPOCH + timedelta(0, epoch)).isoformat()  # no system's gmtime: some end in 3000
+    moment = EPOCH + timedelta(0, epoch)  # no system's gmtime: some end in 3000
+    return moment.isoformat(timespec="milliseconds") + "Z"
 
 
 # Windows knows no local time after the year 3000. But the calendar repeats itself: a late time is
