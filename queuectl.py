@@ -124,7 +124,7 @@ LEAST_EPOCH = 10 ** 8  # 1973: a smaller number is hardly meant as a time
 EPOCH = datetime(1970, 1, 1)
 MAX_EPOCH = 253402300799  # 9999-12-31T23:59:59Z, the last second that ISO 8601 can name
 CYCLE = 146097 * 86400  # seconds of 400 years: after them, the calendar is the same again
-DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 SIZE_UNITS = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024,
               "m": 1024 ** 2, "mb": 1024 ** 2, "mib": 1024 ** 2}
@@ -426,16 +426,22 @@ def parse_factor(value: Any) -> float:
     return number
 
 
+def _quantity(value: Any, units: Mapping[str, int]) -> float:
+    """A number, or text that may have a unit behind its number. QueueError, KeyError."""
+    number, unit = value, ""
+    if isinstance(value, str):
+        number = value.rstrip("".join(units))
+        unit = value[len(number):]
+    return _number(number) * units[unit]
+
+
 def parse_duration(value: Any) -> float:
     """Seconds from `90`, `90s`, `10m`, `2h`, `7d`, or a number."""
-    number, unit = value, "s"
-    if isinstance(value, str) and value[-1:] in DURATION_UNITS and value[:-1]:
-        number, unit = value[:-1], value[-1]
     try:
-        seconds = _number(number) * DURATION_UNITS[unit]
+        seconds = _quantity(value, DURATION_UNITS)
         if isinstance(value, str) and value[0] == "+":
             raise QueueError("has a sign")
-    except QueueError:
+    except (QueueError, KeyError):
         raise QueueError("%s is not a duration such as 90, 90s, 10m, 2h or 7d"
                          % _shown(value)) from None
     if not 0 <= seconds <= 1e10:
@@ -445,13 +451,9 @@ def parse_duration(value: Any) -> float:
 
 def parse_size(value: Any) -> int:
     """Bytes from `65536`, `64K`, `64KiB`, `1M`, or a number."""
-    number, unit = value, ""
-    if isinstance(value, str):
-        text = value.lower().replace(" ", "")
-        number = text.rstrip("kmib")
-        unit = text[len(number):]
+    text = value.lower().replace(" ", "") if isinstance(value, str) else value
     try:
-        size = _number(number) * SIZE_UNITS[unit]
+        size = _quantity(text, SIZE_UNITS)
     except (QueueError, KeyError):
         raise QueueError("%s is not a size such as 65536, 64K or 1M" % _shown(value)) from None
     return parse_integer(0, 256 * 1024 ** 2)(size)
@@ -2788,11 +2790,11 @@ class Queue(Database):
         count = 0
         # Of those that run first, which then cannot be put back as pending behind our back; and
         # of those that have been started meanwhile.
-        for page in itertools.chain.from_iterable(
-                self._pages(state, queue) for state in ("processing", "pending", "processing")):
-            with self._transaction():
-                count += sum(map(self._cancel, page))
-            self._ring_for(page)
+        for state in ("processing", "pending", "processing"):
+            for page in self._pages(state, queue):
+                with self._transaction():
+                    count += sum(map(self._cancel, page))
+                self._ring_for(page)
         return count
 
     def _cancel(self, job: Job) -> bool:
