@@ -1729,10 +1729,10 @@ KEYS_TAKEN = (
 NOT_STORED = """
     SELECT instead, unique_key FROM temp.incoming WHERE instead IS NOT NULL ORDER BY number"""
 IDS_TAKEN = """
-    SELECT number, id, chosen, place FROM temp.incoming WHERE instead IS NULL
-        AND (id IN (SELECT id FROM jobs)
-             OR id IN (SELECT id FROM temp.incoming WHERE instead IS NULL
-                       GROUP BY id HAVING count(*) > 1))
+    SELECT number, id, chosen, place, id IN (SELECT id FROM jobs) AS stored FROM temp.incoming
+    WHERE instead IS NULL
+        AND (stored OR id IN (SELECT id FROM temp.incoming WHERE instead IS NULL
+                              GROUP BY id HAVING count(*) > 1))
     ORDER BY number"""
 STORE_INCOMING = """
     INSERT INTO jobs (%s) SELECT %s FROM temp.incoming WHERE instead IS NULL
@@ -2560,8 +2560,7 @@ class Queue(Database):
             if not drawn:  # all were chosen: to blame is who is stored, or the later of two
                 seen: set[str] = set()
                 for row in taken:
-                    if row["id"] in seen or self._value("SELECT 1 FROM jobs WHERE id = ?",
-                                                        (row["id"],)):
+                    if row["stored"] or row["id"] in seen:
                         raise QueueError("%sthe id %s is taken" % (row["place"], row["id"]))
                     seen.add(row["id"])
             self._execute("UPDATE temp.incoming SET id = ? WHERE number = ?", drawn, many=True)
