@@ -3010,7 +3010,7 @@ class Queue(Database):
         a commit, which its failure must not make look like one."""
         wanted = None if queues is None else set(queues)
         with contextlib.suppress(QueueError):
-            for row in self._rows(IDLE_WORKERS) if wanted is None or wanted else ():
+            for row in self._rows(IDLE_WORKERS):
                 if wanted is None or wanted.intersection(self._json(row["queues"]) or wanted):
                     self.ring(row["name"])
 
