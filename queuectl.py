@@ -588,7 +588,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "after": parse_after,
     "unique": parse_name,
 }
-READ_ONLY_FIELDS = frozenset(Job.KEYS) - frozenset(FIELDS) | {"runs", "run_after"}
+READ_ONLY_FIELDS = {"runs", "run_after", *Job.KEYS}.difference(FIELDS)
 
 
 def job_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -2753,7 +2753,7 @@ class Queue(Database):
         with self._snapshot():
             for statement in NOT_WAITED_FOR:
                 self._execute(statement)
-            return int(self._value("SELECT max(seq) FROM jobs") or 0)
+            return int(self._value(LAST_SEQ))
 
     def progress(self, last: int, but: str | None) -> tuple[int, int, int]:
         """(left, stuck, failed) of the jobs up to seq `last` that had not ended at
