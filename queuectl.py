@@ -2261,7 +2261,7 @@ class Database:
             "unable to open database file": "see that its folder exists and is writable",
             "database or disk is full": "nothing was stored; make room on its disk",
             "disk I/O error": "nothing was stored; see that its disk is well",
-            "database is locked": "another program held it for %d seconds" % BUSY_BUDGET,
+            "database is locked": "another program held it for %g seconds" % self._patience,
         }.get(text)
         return kind("%s: %s%s" % (self.path, text, "; " + advice if advice else ""))
 
