@@ -4489,10 +4489,11 @@ def width() -> int:
     return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else UNLIMITED
 
 
-def colour(text: str, code: str | None) -> str:
-    if code is None or not is_terminal(sys.stdout) or os.environ.get("NO_COLOR"):
+def colour(text: str, state: str) -> str:
+    """The text in the colour of that state, if it has one, on a terminal."""
+    if state not in COLOURS or not is_terminal(sys.stdout) or os.environ.get("NO_COLOR"):
         return text
-    return "\x1b[%sm%s\x1b[0m" % (code, text)
+    return "\x1b[%sm%s\x1b[0m" % (COLOURS[state], text)
 
 
 def clipped(line: str, columns: int) -> str:
@@ -4507,11 +4508,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]],
     """Lines of a table that fits the terminal. The last column takes what is left; column
     `coloured` holds states. Rows beyond the first page are laid out like it: no table keeps
     more than a page in memory. Any text is made safe for a terminal."""
-    room, page, rows = width(), [], iter(rows)
-    for row in rows:
-        page.append([printable(cell) for cell in row])
-        if len(page) == PAGE:
-            break
+    room, texts = width(), ([printable(cell) for cell in row] for row in rows)
+    page = list(itertools.islice(texts, PAGE))
     widths = [max([len(head)] + [len(row[column]) for row in page])
               for column, head in enumerate(heads)]
     while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 4:
@@ -4519,21 +4517,16 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]],
         last = len(widths) - 1
         widths[last if widths[last] > 12 else widths.index(max(widths))] -= 1
 
-    def line(cells: Sequence[str], painted: bool) -> str:
-        texts = []
+    def line(cells: Sequence[str]) -> str:
+        parts = []
         for column, (cell, limit) in enumerate(zip(cells, widths)):
             if len(cell) > limit and (column < len(widths) - 1 or room < UNLIMITED):
                 cell = cell[:limit - 1] + "\u2026"
             text = cell.ljust(limit) if column < len(widths) - 1 else cell
-            texts.append(colour(text, COLOURS.get(cell)) if painted and column == coloured
-                         else text)
-        return "  ".join(texts).rstrip()
+            parts.append(colour(text, cell) if column == coloured else text)
+        return "  ".join(parts).rstrip()
 
-    yield line(heads, False)
-    for row in page:
-        yield line(row, True)
-    for row in rows:
-        yield line([printable(cell) for cell in row], True)
+    yield from map(line, itertools.chain([heads], page, texts))
 
 
 def ago(text: str | None, now: float) -> str:
@@ -4599,8 +4592,7 @@ def job_sheet(job: Job, runs: Sequence[Run], reasons: Sequence[str], now: float)
     for name, text in facts:
         if text:
             text = printable(text)
-            yield "%-9s %s" % (name, colour(text, COLOURS.get(job.view)) if name == "state"
-                               else text)
+            yield "%-9s %s" % (name, colour(text, job.view) if name == "state" else text)
     if runs:
         yield ""
         yield from table(("RUN", "OUTCOME", "STARTED", "TOOK", "WORKER", "ERROR"), (
@@ -4614,7 +4606,7 @@ def status_parts(status: Mapping[str, Any], now: float) -> Sequence[list[str]]:
     """Lines about the jobs, the workers and (where they say more) the queues."""
     jobs, paused, hour = status["jobs"], status["paused"], status["last_hour"]
     facts = ["database  " + printable(status["database"]), "jobs      " + ", ".join(
-        colour("%d %s" % (jobs[state], state), COLOURS.get(state) if jobs[state] else None)
+        colour("%d %s" % (jobs[state], state), state if jobs[state] else "")
         for state in STATES)]
     views = ["%d %s" % (jobs[view], view) for view in VIEWS if jobs[view]]
     if views:
