@@ -4529,8 +4529,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]],
     yield from map(line, itertools.chain([heads], page, texts))
 
 
-def ago(text: str | None, now: float) -> str:
-    return format_age(now - from_iso(text)) + " ago" if text else ""
+def relative(epoch: float, now: float) -> str:
+    return "in " + format_age(epoch - now) if epoch > now else format_age(now - epoch) + " ago"
 
 
 def job_when(job: Job, now: float, blocker: tuple[str, str] | None) -> str:
@@ -4538,10 +4538,10 @@ def job_when(job: Job, now: float, blocker: tuple[str, str] | None) -> str:
     if blocker is not None:
         return "by %s (%s)" % blocker
     if job.view in ("failed", "scheduled") and job.run_after is not None:
-        return "in " + format_age(job.run_after - now) if job.run_after > now else "due"
+        return relative(job.run_after, now) if job.run_after > now else "due"
     if job.state == "processing":
         return "for " + format_age(now - from_iso(job.locked_at or job.updated_at))
-    return ago(job.created_at if job.state == "pending" else job.updated_at, now)
+    return relative(from_iso(job.created_at if job.state == "pending" else job.updated_at), now)
 
 
 def job_tries(job: Job) -> str:
@@ -4558,8 +4558,8 @@ def job_table(jobs: Iterable[Job], blocker: Callable[[Job], tuple[str, str] | No
 
 def dead_table(jobs: Iterable[Job], now: float) -> Iterator[str]:
     return table(("ID", "TRIES", "QUEUE", "WHEN", "ERROR", "COMMAND"), (
-        (job.id, job_tries(job), job.queue, ago(job.updated_at, now), job.last_error or "",
-         job.command) for job in jobs))
+        (job.id, job_tries(job), job.queue, relative(from_iso(job.updated_at), now),
+         job.last_error or "", job.command) for job in jobs))
 
 
 def at(text: str | None, now: float) -> str:
@@ -4567,8 +4567,7 @@ def at(text: str | None, now: float) -> str:
     if not text:
         return ""
     epoch = from_iso(text)
-    return "%s (%s)" % (local_time(epoch), "in " + format_age(epoch - now) if epoch > now
-                        else format_age(now - epoch) + " ago")
+    return "%s (%s)" % (local_time(epoch), relative(epoch, now))
 
 
 def job_sheet(job: Job, runs: Sequence[Run], reasons: Sequence[str], now: float) -> Iterator[str]:
