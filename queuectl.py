@@ -4570,9 +4570,9 @@ def at(text: str | None, now: float) -> str:
     return "%s (%s)" % (local_time(epoch), relative(epoch, now))
 
 
-def job_sheet(job: Job, runs: Sequence[Run], reasons: Sequence[str], now: float) -> Iterator[str]:
-    """All about one job, with `reasons` why it waits. Of its environment only the names: the
-    values may be secrets."""
+def job_facts(job: Job, reasons: Sequence[str], now: float) -> list[tuple[str, str]]:
+    """All about one job, with `reasons` why it waits: pairs of a name and a text. Of its
+    environment only the names: the values may be secrets."""
     facts = [
         ("job", job.id), ("command", job.command), ("state", job.view),
         ("waits", "; ".join(reasons)),
@@ -4588,10 +4588,12 @@ def job_sheet(job: Job, runs: Sequence[Run], reasons: Sequence[str], now: float)
          if job.locked_by else ""),
         ("error", job.last_error or ""),
     ]
-    for name, text in facts:
-        if text:
-            text = printable(text)
-            yield "%-9s %s" % (name, colour(text, job.view) if name == "state" else text)
+    return [(name, printable(text)) for name, text in facts if text]
+
+
+def job_sheet(job: Job, runs: Sequence[Run], reasons: Sequence[str], now: float) -> Iterator[str]:
+    for name, text in job_facts(job, reasons, now):
+        yield "%-9s %s" % (name, colour(text, job.view) if name == "state" else text)
     if runs:
         yield ""
         yield from table(("RUN", "OUTCOME", "STARTED", "TOOK", "WORKER", "ERROR"), (
@@ -5072,7 +5074,7 @@ def page_job(queue: Queue, asked: Mapping[str, str]) -> dict[str, Any]:
     """What `show` says of the job `id`, and the output of its run `run`, or of the last one: where
     that is `shown` already, what goes beyond its first `seen` bytes."""
     import codecs
-    number, job, now = parse_integer(0, 1 << 59), queue.get(asked["id"]), time.time()
+    number, job = parse_integer(0, 1 << 59), queue.get(asked["id"])
     runs, output = queue.runs(job.id), None
     chosen = number(asked.get("run", len(runs)))
     if 0 < chosen <= len(runs):
@@ -5084,9 +5086,9 @@ def page_job(queue: Queue, asked: Mapping[str, str]) -> dict[str, Any]:
         output = {"run": chosen, "from": seen, "seen": end - len(decoder.getstate()[0]),
                   "text": text if len(data) <= OUTPUT_SHOWN else "[%d bytes stand before this]\n%s"
                   % (len(data) - OUTPUT_SHOWN, text)}
-    lines = job_sheet(job, [], why_waiting(queue, job), now)
+    facts = job_facts(job, why_waiting(queue, job), time.time())
     return dict(job.as_dict(), env=sorted(job.env), output=output,
-                facts=[(line[:9].strip(), line[10:]) for line in lines][3:],
+                facts=facts[3:],  # the page has id, command and state in places of their own
                 runs=[dict(run.as_dict(), number=run.number) for run in runs[-RUNS_SHOWN:]])
 
 
