@@ -4637,13 +4637,9 @@ def status_parts(status: Mapping[str, Any], now: float) -> Sequence[list[str]]:
         for name in sorted(set(queues) | set(paused) - {EVERY_QUEUE} | set(limits))))]
 
 
-def status_sheet(status: Mapping[str, Any], now: float) -> Iterator[str]:
-    return itertools.chain.from_iterable(status_parts(status, now))
-
-
 def status_screen(status: Mapping[str, Any], warning: str | None, now: float, columns: int,
                   lines: int) -> list[str]:
-    """The same with its warning for a screen. What is too much for it are first the queues, then
+    """These lines and the warning for a screen. What is too much for it are first the queues, then
     the facts, and of the workers the last ones."""
     import textwrap
     facts, workers, queues = status_parts(status, now)
@@ -4724,7 +4720,7 @@ def prometheus(queues: Mapping[str, Mapping[str, int]], held: set[str],
 # At most: queues, those with most to do; a job's last runs; characters of a command in a list;
 # bytes of a run's output, from its end.
 QUEUES_SHOWN, RUNS_SHOWN, COMMAND_SHOWN, OUTPUT_SHOWN = 100, 50, 300, 1 << 18
-FACTS = ("waiting", "rate", "duration", "workers", "no worker")  # lines of `status`
+FACTS = ("waiting", "rate", "duration", "workers")  # lines of `status`
 # Seconds between two looks; after which a silent stream finds out whether somebody reads it; and
 # for a client to come up with its request.
 LOOK, BEAT, REQUEST_TIME = 0.5, 15.0, 20.0
@@ -5052,9 +5048,10 @@ def page_status(queue: Queue) -> dict[str, Any]:
     commands = {job.locked_by: job.command[:COMMAND_SHOWN] for job in queue.jobs("processing")}
     busiest = sorted(status["queues"].items(), key=lambda item: (
         -item[1]["pending"] - item[1]["processing"], item[0]))[:QUEUES_SHOWN]
-    lines = itertools.takewhile(bool, status_sheet(status, now))
+    facts, workers, _ = status_parts(status, now)
     return dict(status, warning=status_warning(status), queues=dict(busiest),
-                facts=[" ".join(line.split()) for line in lines if line.startswith(FACTS)],
+                facts=[" ".join(line.split()) for line in facts + workers[:1]
+                       if line.startswith(FACTS)],
                 minutes=queue.stats_by_minute(now - 3600), workers=[
                     dict(info.as_dict(), stop=info.stop, command=commands.get(info.name, ""))
                     for info in status["workers"]])
@@ -5106,14 +5103,12 @@ PAGE_ACTS: dict[str, Callable[[Queue, dict[str, Any]], Any]] = {
     "/edit": lambda queue, body: queue.edit(str(body.pop("id")), **{
         name: body[name] for name in FIELDS if name in body}),
     "/cancel": act_cancel,
-    "/cancel-all": lambda queue, body: queue.cancel_all(body["queue"]),
     "/retry": lambda queue, body: queue.retry([str(body["id"])]),
     "/retry-all": lambda queue, body: queue.retry_all(body["queue"]),
     "/purge": lambda queue, body: queue.purge([str(body["id"])]),
     "/pause": lambda queue, body: queue.pause(body["queue"]),
     "/resume": lambda queue, body: queue.resume(body["queue"]),
-    "/limit": lambda queue, body: queue.limit(body["queue"], None if body["number"] is None else
-                                              parse_integer(1, 2 ** 31)(body["number"])),
+    "/limit": lambda queue, body: queue.limit(body["queue"], body["number"]),
 }
 
 
@@ -5767,7 +5762,7 @@ def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
         time.sleep(1)
     status = gather_status(queue)
     show(args, dict(status, workers=[info.as_dict() for info in status["workers"]]),
-         status_sheet(status, time.time()))
+         itertools.chain(*status_parts(status, time.time())))
     warning = status_warning(status)
     if warning and not args.json:
         say(warning)
