@@ -5534,9 +5534,10 @@ FIELD_OPTIONS = (
 )
 
 
-def given_fields(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The fields of a job that options name."""
-    fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def given_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a job that are named by arguments."""
+    fields = {name: value for name, value in vars(args).items()
+              if name in FIELDS and value is not None}
     if "env" in fields:
         fields["env"] = {name: text for env in args.env for name, text in env.items()}
     return fields
@@ -5557,7 +5558,7 @@ def given_fields(args: argparse.Namespace, names: Iterable[str]) -> dict[str, An
     option("--unique", type=checked(parse_name), metavar="KEY",
            help="store nothing while a job with this key has not ended"), opens=False)
 def cmd_enqueue(args: argparse.Namespace) -> None:
-    defaults = given_fields(args, [name for name in FIELDS if name != "command"])
+    defaults = given_fields(args)
     words, exact = args.word, args.exact
     path = args.file if args.lines is None else args.lines
     if (args.file is not None) + (args.lines is not None) + bool(words) + bool(exact) != 1:
@@ -5854,17 +5855,14 @@ def cmd_cancel(queue: Queue, args: argparse.Namespace) -> None:
 
 @command(
     "edit", "change a job that does not run", "queuectl.py edit job1 --priority 5 --timeout 1h",
-    option("id", metavar="ID"), option("--command", dest="new_command", type=checked(parse_line),
-                                       metavar="C", help="another command"),
+    option("id", metavar="ID"),
+    option("--command", type=checked(parse_line), metavar="C", help="another command"),
     *FIELD_OPTIONS)
 def cmd_edit(queue: Queue, args: argparse.Namespace) -> None:
-    fields = given_fields(args, ("queue", "priority", "max_retries", "timeout", "delay", "run_at",
-                                 "cwd", "env"))
-    if args.new_command is not None:
-        fields["command"] = args.new_command
-    if not fields:
+    fields = given_fields(args)
+    if len(fields) == 1:  # its id
         raise UsageError("say what to change, such as --priority 5 (see: %s)" % hint("edit --help"))
-    queue.edit(args.id, **fields)
+    queue.edit(**fields)
 
 
 @command("dlq list", "dead jobs and why they died", "queuectl.py dlq list", OF_QUEUE, JSON)
@@ -6132,7 +6130,7 @@ def build_parser(chosen: str = "") -> argparse.ArgumentParser:
     building all of them would take longer than all else that a short command does."""
     def commands(parser: argparse.ArgumentParser) -> Any:
         return parser.add_subparsers(title="commands", prog=parser.prog, metavar="COMMAND",
-                                     parser_class=Parser, required=True, dest="command")
+                                     parser_class=Parser, required=True)
 
     program = " ".join(called_as)
     parser = Parser(prog=program, formatter_class=HelpFormatter, add_help=False,
