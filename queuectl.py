@@ -5372,42 +5372,31 @@ def own_job(queue: Queue) -> str | None:
     return os.environ.get("QUEUECTL_JOB_ID") if same else None
 
 
-def read_word(word: str) -> dict[str, Any]:
-    """One word on the command line: a JSON job, or a shell command line."""
+def read_words(words: Sequence[str]) -> dict[str, Any]:
+    """A job: one word is JSON or a line for the shell, several are the words of a command.
+    UsageError for what is hardly meant as a command. QueueError for broken JSON."""
+    word, alone, value = words[0], len(words) == 1, None
     text = word.lstrip()
-    if text[:1] == "{" and text[1:].lstrip()[:1] in ('"', "}"):
+    if alone and text[:1] == "{" and text[1:].lstrip()[:1] in ('"', "}"):
         try:
             return dict(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise QueueError("broken JSON: %s" % error) from None
-    refuse_bare_braces(text)
-    return {"command": word}
-
-
-def refuse_misreading(words: Sequence[str]) -> None:
-    """UsageError for what is hardly meant as a command. QueueError for broken JSON."""
-    word, array = words[0], None
-    with contextlib.suppress(ValueError, RecursionError):
-        array = json.loads(word)
-    if len(words) == 1 and (word == "-" or word[:1] == "@" or isinstance(array, list) or
-                            word.endswith((".json", ".jsonl")) and os.path.exists(word)):
-        raise UsageError("%s is no command; many jobs come by --file FILE, or --file - from a pipe"
-                         % _shown(word))
-    if len(words) > 1:
-        refuse_bare_braces(word)
-        if " " in word and not os.path.exists(word):
-            raise UsageError("%s is a command line, and more follows; many come by --lines FILE, "
-                             "and a program with a blank in its name goes behind --" % _shown(word))
-
-
-def refuse_bare_braces(text: str) -> None:
-    if text[:1] == "[" and text[1:].lstrip()[:1] == "{":
-        raise QueueError("%s is an array; many jobs come by --file FILE, or --file - from a pipe"
-                         % _shown(text))
     if text[:1] == "{" and not text[1:2].isspace():
         raise QueueError("%s is neither JSON nor a command; some shells (PowerShell) take the "
                          "quotes out of JSON: use options instead, as in: %s"
                          % (_shown(text), hint("enqueue --id job1 \"sleep 2\"")))
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+    array = isinstance(value, list) or text[:1] == "[" and text[1:].lstrip()[:1] == "{"
+    if array or alone and (word == "-" or word[:1] == "@" or
+                           word.endswith((".json", ".jsonl")) and os.path.exists(word)):
+        raise UsageError("%s is no command; many jobs come by --file FILE, or --file - from a pipe"
+                         % _shown(word))
+    if not alone and " " in word and not os.path.exists(word):
+        raise UsageError("%s is a command line, and more follows; many come by --lines FILE, "
+                         "and a program with a blank in its name goes behind --" % _shown(word))
+    return {"command": word if alone else quoted(words)}
 
 
 def read_file(path: str, read: Callable[[BinaryIO], Iterator[tuple[str, Any]]]) \
@@ -5565,14 +5554,12 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
         raise UsageError("give one job, or words after --, or --file FILE, or --lines FILE")
     if path is not None and args.id is not None:
         raise UsageError("--id names one job; in a file each job has its own")
-    if words:
-        refuse_misreading(words)
     if exact and not exact[0].strip():
         raise UsageError("the command behind -- is empty")
-    if len(words) > 1 or exact:
-        jobs: Iterable[tuple[str, Any]] = [("", {"command": quoted(words or exact)})]
-    elif words:
-        jobs = [("", read_word(words[0]))]
+    if words:
+        jobs: Iterable[tuple[str, Any]] = [("", read_words(words))]
+    elif exact:
+        jobs = [("", {"command": quoted(exact)})]
     else:
         jobs = read_file(path, read_jobs if args.lines is None else read_lines)
     skipped: list[str] = []
