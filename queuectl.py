@@ -5345,7 +5345,6 @@ def checked(parse: Callable[[Any], Any]) -> Callable[[str], Any]:
     return convert
 
 
-HELP = option("-h", "--help", action="help", help=argparse.SUPPRESS)
 PROGRAM_VERSION = option("--version", action="version", version="queuectl " + __version__)
 DATABASE = option("--db", default=argparse.SUPPRESS, metavar="PATH",
                   help="the database ($QUEUECTL_DB, or one in your state folder)")
@@ -6089,7 +6088,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().add_usage(usage, [a for a in actions if not a.option_strings], groups, prefix)
 
     def add_argument(self, action: argparse.Action) -> None:
-        if action.help or action.nargs == argparse.PARSER:
+        if action.help and action.dest != "help" or action.nargs == argparse.PARSER:
             super().add_argument(action)
 
     def format_help(self) -> str:
@@ -6100,6 +6099,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
+
+    def __init__(self, **details: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **details)
 
     def error(self, message: str) -> NoReturn:
         import re
@@ -6117,14 +6119,13 @@ def build_parser(chosen: str = "") -> argparse.ArgumentParser:
     building all of them would take longer than all else that a short command does."""
     def commands(parser: argparse.ArgumentParser) -> Any:
         return parser.add_subparsers(title="commands", prog=parser.prog, metavar="COMMAND",
-                                     parser_class=Parser, required=True)
+                                     required=True)
 
     program = " ".join(called_as)
-    parser = Parser(prog=program, formatter_class=HelpFormatter, add_help=False,
-                    usage=program + " [--version] [--db PATH] COMMAND ...",
+    parser = Parser(prog=program, usage=program + " [--version] [--db PATH] COMMAND ...",
                     description="A durable job queue for shell commands; COMMAND --help has more "
                                 "and an example.")
-    for flags, details in HELP, PROGRAM_VERSION, DATABASE:
+    for flags, details in PROGRAM_VERSION, DATABASE:
         parser.add_argument(*flags, **dict(details, help=argparse.SUPPRESS))
     top = commands(parser)
     groups: dict[str, Any] = {}
@@ -6133,16 +6134,13 @@ def build_parser(chosen: str = "") -> argparse.ArgumentParser:
             continue
         group, _, rest = name.partition(" ")
         if rest and group not in groups:
-            above = top.add_parser(group, help=GROUPS[group], description=GROUPS[group] + ".",
-                                   formatter_class=HelpFormatter, add_help=False)
-            for flags, details in HELP, DATABASE:
-                above.add_argument(*flags, **details)
+            above = top.add_parser(group, help=GROUPS[group], description=GROUPS[group] + ".")
+            above.add_argument(*DATABASE[0], **DATABASE[1])
             groups[group] = commands(above)
         sub = (groups[group] if rest else top).add_parser(
             rest or name, help=found.help, description=found.help + ".",
-            epilog="example:\n  " + found.example.replace("queuectl.py", program),
-            formatter_class=HelpFormatter, add_help=False)
-        for flags, details in (HELP, DATABASE, *found.options):
+            epilog="example:\n  " + found.example.replace("queuectl.py", program))
+        for flags, details in (DATABASE, *found.options):
             sub.add_argument(*flags, **details)
         sub.set_defaults(run_command=found.run)
     return parser
