@@ -5996,7 +5996,7 @@ def completions(before: Sequence[str], text: str) -> Iterable[str]:
     flags = [word for word in arguments if word[0] == "-"]
     valued = [flag for flag in flags if arguments[flag].get("action", "append") == "append"]
     places = [word for word in arguments if word not in flags]
-    if places and arguments[places[-1]].get("nargs") in ("*", "+"):
+    if places and arguments[places[-1]].get("nargs") == "*":
         places += places[-1:] * len(before)
     place = len(plain_words(before, valued)) - len(name.split())
     if before and before[-1] in valued:
@@ -6020,7 +6020,7 @@ def values_of(argument: str, details: Mapping[str, Any], before: Sequence[str],
                     return queue.ids(text)
                 if argument in ("queue", "--queue"):
                     return list(queue.counts_by_queue())
-                if argument == "worker":
+                if argument == "name":
                     return [info.name for info in queue.workers()]
     return ()
 

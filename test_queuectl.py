@@ -7484,6 +7484,13 @@ class Completion(Everyday):
                     self.assertEqual(set(other.split()) & set(words), set())
         self.assertEqual(sorted(os.listdir(self.dir)), files)
 
+    def test_workers(self):
+        self.addCleanup(self.no_workers_left)
+        self.ok("worker", "start", "--detach")
+        name = json.loads(self.ok("worker", "list", "--json"))[0]["name"]
+        with mock.patch.dict(os.environ, COMP_LINE="queuectl worker stop "):
+            self.assertEqual(self.main("completion", "bash")[1], name + "\n")
+
     def test_what_bash_adds(self):
         """Where its cursor is, and the part of the last word that it will replace."""
         for line, point, word, answer in (
