@@ -4185,29 +4185,29 @@ def visible_workers(queue: Queue) -> list[WorkerInfo] | None:
         return None
 
 
-def obstacles(queue: Queue, name: str, served: bool = False) -> list[str]:
+def obstacles(name: str, paused: Sequence[str], workers: Sequence[WorkerInfo] | None) -> list[str]:
     """What keeps the ready jobs of a queue from running until somebody does something about it,
-    and what. That nobody serves it is none where it has just been `served`."""
-    found, paused, workers = [], queue.paused(), visible_workers(queue)
+    and what. Nothing is said of `workers` that are None."""
+    found = []
     if EVERY_QUEUE in paused:
         found.append("all queues are paused (to go on: %s)" % hint("resume"))
     elif name in paused:
         found.append("the queue %s is paused (to go on: %s)" % (name, hint("resume " + name)))
-    if served or workers is None:
-        pass
-    elif not workers:
+    if workers is not None and not workers:
         found.append("no worker runs (start one: %s)" % hint("worker start"))
-    elif not any(serves(info, name) for info in workers):
+    elif workers and not any(serves(info, name) for info in workers):
         found.append("no worker serves the queue %s (start one: %s)"
                      % (name, hint("worker start --queue " + name)))
     return found
 
 
 def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
-    """Why a job waits, for people; nothing where it does not, or will start at once."""
+    """Why a job waits, for people; nothing where it does not, or will start at once. That nobody
+    serves its queue is no reason where that has just been `served`."""
     if job.state != "pending":
         return []
     found, blocker, now = [], queue.blocker(job), time.time()
+    workers = None if served else visible_workers(queue)
     if blocker is not None:
         found.append("it waits for %s, which is %s" % blocker)
         if blocker[1] in ENDED:
@@ -4216,7 +4216,7 @@ def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
         found.append("%s due at %s (in %s)" % (
             "its retry is" if job.view == "failed" else "it is", local_time(job.run_after),
             format_age(job.run_after - now)))
-    found += obstacles(queue, job.queue, served)
+    found += obstacles(job.queue, queue.paused(), workers)
     if job.view != "pending":
         return found
     limit = queue.limits().get(job.queue)
@@ -4228,7 +4228,7 @@ def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
     if before:
         found.append("%d job%s before it" % (before, " stands" if before == 1 else "s stand"))
     elif not found and not served and not any(
-            info.job is None and serves(info, job.queue) for info in visible_workers(queue) or ()):
+            info.job is None and serves(info, job.queue) for info in workers or ()):
         found.append("it is the next one, once a worker is free")
     return found
 
@@ -4272,20 +4272,14 @@ def status_warning(status: Mapping[str, Any]) -> str | None:
     if jobs["pending"] and jobs["pending"] == jobs["blocked"] and not jobs["processing"]:
         return "what the blocked jobs wait for has ended badly; see: " \
             + hint("list --state blocked")
-    if jobs["pending"] and EVERY_QUEUE in paused:
-        return "all queues are paused; to go on: " + hint("resume")
-    waiting = {name: row["pending"] for name, row in sorted(status["queues"].items())
-               if row["pending"] and name not in paused}
-    if waiting and not workers:
-        count = sum(waiting.values())
-        return "%s and no worker runs; start one: %s" % (
-            "1 job waits" if count == 1 else "%d jobs wait" % count, hint("worker start"))
-    alone = [name for name in waiting if not any(serves(info, name) for info in workers)]
-    if not alone:
-        return None
-    return "jobs wait in %s%s, which no worker serves; start one: %s" % (
-        ", ".join(alone[:3]), ", ..." if alone[3:] else "",
-        hint("worker start --queue " + alone[0]))
+    waiting: dict[str, int] = {}  # how many jobs, by what keeps them from running
+    for name, row in sorted(status["queues"].items()):
+        if row["pending"] and (name not in paused or EVERY_QUEUE in paused):
+            for reason in obstacles(name, paused, workers):
+                waiting[reason] = waiting.get(reason, 0) + row["pending"]
+    for reason, count in waiting.items():
+        return "%d job%s: %s" % (count, " waits" if count == 1 else "s wait", reason)
+    return None
 
 
 def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[tuple[int, bytes]]:
@@ -5581,32 +5575,33 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             job = queue.get(id)
             if queue.stuck(job):
                 say_why(queue, [job])
-        say_once(text for name in queues[:3] for text in obstacles(queue, name))
+        say_obstacles(queue, queues[:3])
     if skipped:
         say("%s skipped, which had ended already: %s" % (
             counted(len(skipped), "job"), " ".join(skipped[:5])))
 
 
-def say_once(texts: Iterable[str]) -> None:
+def say_obstacles(queue: Queue, names: Iterable[str], told: Sequence[str] = ()) -> None:
+    paused, workers = queue.paused(), visible_workers(queue)
+    texts = [text for name in names for text in obstacles(name, paused, workers)]
     for text in dict.fromkeys(texts):
-        say(text)
+        if text not in told:
+            say(text)
 
 
 def say_why(queue: Queue, jobs: Iterable[Job]) -> None:
     """Tell who looks on why the first waiting one of these jobs waits, and what keeps others from
     running until somebody does something about it."""
-    told: list[str] = []
     first: dict[str, Job] = {}
     for job in jobs:
         if job.state == "pending":
             first.setdefault(job.queue, job)
-    for name, job in first.items():
-        if not told:
-            told = why_waiting(queue, job)
-            if told:
-                say("job %s waits: %s" % (job.id, "; ".join(told)))
-        else:
-            say_once(text for text in obstacles(queue, name) if text not in told)
+    waiting = iter(first.values())
+    for job in waiting:
+        told = why_waiting(queue, job)
+        if told:
+            say("job %s waits: %s" % (job.id, "; ".join(told)))
+            say_obstacles(queue, [other.queue for other in waiting], told)
 
 
 def show_ids(ids: Sequence[str]) -> None:

@@ -5874,7 +5874,7 @@ class Why(Everyday):
             ...
             workers   2 workers, 0 busy
             ...
-            ! queuectl: jobs wait in mail, which no worker serves; start one: ... --queue mail
+            ! queuectl: 2 jobs wait: no worker serves the queue mail (start one: ... --queue mail)
             $ queuectl cancel --queue mail
             ! queuectl: 2 jobs cancelled
             # When one runs all is well.
@@ -7238,17 +7238,17 @@ class Status(Everyday):
             empty    0        0           0       0          0        0     paused
             mail     1        0           0       1          0        0     paused, limit 2
             # Who waits in a paused queue is no cause for alarm.
-            ! queuectl: 3 jobs wait and no worker runs; start one: queuectl.py worker start
+            ! queuectl: 3 jobs wait: no worker runs (start one: queuectl.py worker start)
             $ queuectl status --watch | head -2
             database  ...q.db
             jobs      4 pending...
-            ! queuectl: 3 jobs wait ...
+            ! queuectl: 3 jobs wait: ...
             $ pick jobs,paused,last_hour queuectl status --json
             {...} ["empty", "mail"] {"runs": 2, "failed": 1, "mean_seconds": 0.5}
             $ queuectl pause
             $ queuectl status
             ...
-            ! queuectl: all queues are paused; to go on: queuectl.py resume
+            ! queuectl: 4 jobs wait: all queues are paused (to go on: queuectl.py resume)
             $ queuectl resume
             $ queuectl cancel 2 3 5
             $ queuectl status
