@@ -5394,12 +5394,16 @@ def read_words(words: Sequence[str]) -> dict[str, Any]:
 
 def read_file(path: str, read: Callable[[BinaryIO], Iterator[tuple[str, Any]]]) \
         -> Iterator[tuple[str, Any]]:
-    """What `read` finds in a file; `-` is stdin."""
-    if path == "-":
-        yield from read(sys.stdin.buffer)
-        return
-    with open(path, "rb") as file:
-        yield from read(file)
+    """What `read` finds in a file; `-` is stdin. QueueError."""
+    try:
+        if path == "-":
+            yield from read(sys.stdin.buffer)
+        else:
+            with open(path, "rb") as file:
+                yield from read(file)
+    except (OSError, ValueError) as error:
+        raise QueueError("cannot read %s: %s" % (
+            path, getattr(error, "strerror", None) or error)) from None
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -5563,11 +5567,7 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
         show_ids(ids)
 
     with Queue(args.db) as queue:
-        try:
-            queues = queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), keep, say)
-        except (OSError, ValueError) as error:
-            raise QueueError("cannot read %s: %s" % (
-                path, getattr(error, "strerror", None) or error)) from None
+        queues = queue.enqueue_from(unfinished_jobs(jobs, defaults, skipped), keep, say)
         if skipped and path is None:
             raise QueueError("this job has ended already, and is not stored; without its state it "
                              "is a new one")

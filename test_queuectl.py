@@ -2483,7 +2483,9 @@ class Commands(StorageCase):
         """`list | head -1`, where more is printed than a pipe holds."""
         with self.queue() as queue:
             list(queue.enqueue_many({"command": "x" * 200} for _ in range(2000)))
-        for words in (["list"], ["list", "--json"], ["dlq", "list", "--json"]):
+        with open("many", "w") as file:
+            file.write("true\n" * 20000)
+        for words in (["list"], ["list", "--json"], ["enqueue", "--lines", "many"]):
             process = self.start(*words, stdout=subprocess.PIPE)
             self.assertTrue(process.stdout.readline())
             process.stdout.close()
