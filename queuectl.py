@@ -4145,14 +4145,19 @@ LONGEST_REST = 5.0  # seconds between two looks of `wait`
 PATIENCE = 3.0  # seconds after which `worker stop` says for whom it waits
 
 
-def stop_workers(queue: Queue, level: int, timeout: float | None, own_job: str | None,
-                 note: Callable[[str], None], names: Sequence[str] = (),
-                 queues: Sequence[str] = ()) -> int:
+def own_job(queue: Queue) -> str | None:
+    """The id of the job that this command runs in, if it is one of the same queue."""
+    same = os.environ.get("QUEUECTL_DB") == queue.path
+    return os.environ.get("QUEUECTL_JOB_ID") if same else None
+
+
+def stop_workers(queue: Queue, level: int, timeout: float | None, note: Callable[[str], None],
+                 names: Sequence[str] = (), queues: Sequence[str] = ()) -> int:
     """Order workers to stop (see Queue.order_stop), and wait until they are gone; how many. One
-    that runs `own_job`, from which this is called, is not waited for. `note` gets a line about
+    that runs the job from which this is called is not waited for. `note` gets a line about
     those for whom one waits long. TimeoutExpired."""
-    found = queue.order_stop(level, names, queues)
-    own = {info.supervisor for info in found if own_job is not None and info.job == own_job}
+    found, caller = queue.order_stop(level, names, queues), own_job(queue)
+    own = {info.supervisor for info in found if caller is not None and info.job == caller}
     now = time.monotonic()
     until, note_at = math.inf if timeout is None else now + timeout, now + PATIENCE
     left = [info for info in found if info.supervisor not in own]
@@ -4413,15 +4418,16 @@ def _start_supervisor(queue: Queue, options: StartOptions, count: int, log: str)
         raise QueueError("the workers did not start; %s says why" % log)
 
 
-def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: str | None,
+def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None,
              tell: Callable[[int, int, int], None]) -> None:
     """Wait until jobs have ended, or can never run: these, or (none named) all that have not
-    ended now. `tell` gets (done, failed, left) now and then. TimeoutExpired; QueueError for a job
-    that does not exist, and where not all have completed."""
+    ended now; but not for the job from which this is called. `tell` gets (done, failed, left) now
+    and then. TimeoutExpired; QueueError for a job that does not exist, and where not all have
+    completed."""
     until = math.inf if timeout is None else time.monotonic() + timeout
-    last = 0 if ids else queue.wait_for_all()
-    open_jobs = [queue.get(id).id for id in dict.fromkeys(ids) if id != own_job]
-    total = len(open_jobs) if ids else queue.progress(last, own_job)[0]
+    last, caller = 0 if ids else queue.wait_for_all(), own_job(queue)
+    open_jobs = [queue.get(id).id for id in dict.fromkeys(ids) if id != caller]
+    total = len(open_jobs) if ids else queue.progress(last, caller)[0]
     failed, bad = 0, []
     while True:
         looked = time.monotonic()
@@ -4435,7 +4441,7 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None, own_job: s
                         bad.append(job)
             left = len(open_jobs)
         else:
-            left, stuck, failed = queue.progress(last, own_job)
+            left, stuck, failed = queue.progress(last, caller)
             left, failed = left - stuck, failed + stuck
         took = time.monotonic() - looked
         tell(total - left - failed, failed, left)
@@ -5359,12 +5365,6 @@ def require_selection(args: argparse.Namespace, needed: bool = True) -> None:
         raise UsageError("name the jobs, or --queue NAME, or --all")
 
 
-def own_job(queue: Queue) -> str | None:
-    """The id of the job that this command runs in, if it is one of the same queue."""
-    same = os.environ.get("QUEUECTL_DB") == queue.path
-    return os.environ.get("QUEUECTL_JOB_ID") if same else None
-
-
 def read_words(words: Sequence[str]) -> dict[str, Any]:
     """A job: one word is JSON or a line for the shell, several are the words of a command.
     UsageError for what is hardly meant as a command. QueueError for broken JSON."""
@@ -5696,8 +5696,8 @@ def say_what_is_left(queue: Queue, names: Sequence[str]) -> None:
     option("--now", action="store_true", help="end the jobs and put them back unharmed"),
     option("--timeout", type=DURATION, metavar="T", help="give up waiting after this time"))
 def cmd_worker_stop(queue: Queue, args: argparse.Namespace) -> None:
-    count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, own_job(queue), say,
-                         args.name, args.queue)
+    count = stop_workers(queue, NOW if args.now else DRAIN, args.timeout, say, args.name,
+                         args.queue)
     say(counted(count, "worker") + " stopped" if count else
         "no worker runs on %s" % queue.path if not queue.workers() else
         "no worker was started for just these queues; see: " + hint("worker list"))
@@ -5813,7 +5813,7 @@ def cmd_wait(queue: Queue, args: argparse.Namespace) -> None:
                   end="", file=sys.stderr, flush=True)
 
     try:
-        wait_for(queue, args.id, args.timeout, own_job(queue), tell)
+        wait_for(queue, args.id, args.timeout, tell)
     finally:
         if live and start:
             print(file=sys.stderr)  # what is said next has a line of its own

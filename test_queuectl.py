@@ -3685,7 +3685,7 @@ class Workers(Process):
         pid, notes = self.infos()[0].pid, []
         with Queue(self.db) as queue, mock.patch.object(queuectl, "PATIENCE", 0.0):
             with self.assertRaises(queuectl.TimeoutExpired):
-                queuectl.stop_workers(queue, queuectl.DRAIN, 0.1, None, notes.append)
+                queuectl.stop_workers(queue, queuectl.DRAIN, 0.1, notes.append)
         self.assertEqual(notes, [
             "waiting for job a (pid %d), its supervisor (pid %d); not to wait for jobs: "
             "queuectl.py worker stop --now" % (pid, process.pid)])
@@ -5704,7 +5704,7 @@ class Wait(Everyday):
             queue.cancel(["a"])
             with mock.patch.object(queue, "wait_for_all", side_effect=AssertionError), \
                     self.assertRaisesRegex(QueueError, "a is cancelled"):
-                queuectl.wait_for(queue, ["a"], 0, None, lambda *numbers: None)
+                queuectl.wait_for(queue, ["a"], 0, lambda *numbers: None)
 
     def test_who_looks_long_rests_long(self):
         """Or a look at a million jobs would follow the other."""
@@ -5733,7 +5733,7 @@ class Wait(Everyday):
         with mock.patch.object(queuectl, "time", clock), Queue(self.db) as queue, \
                 mock.patch.object(queuectl, "_await_change", rest):
             with self.assertRaises(QueueError):
-                queuectl.wait_for(queue, [], None, None, lambda *words: setattr(
+                queuectl.wait_for(queue, [], None, lambda *words: setattr(
                     clock, "now", clock.now + 100))
         self.assertEqual(rests, [0.0])
 
