@@ -4726,6 +4726,7 @@ FACTS = ("waiting", "rate", "duration", "workers")  # lines of `status`
 LOOK, BEAT, REQUEST_TIME = 0.5, 15.0, 20.0
 CONNECTIONS = 100  # without a request yet; for one more, the oldest has to go
 BODY_LIMIT = 1 << 20  # bytes; a command has less than 128 KiB
+WHOLE = parse_integer(0, 1 << 59)  # a number in a request, which may be any
 
 PAGE_HTML = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>queuectl</title>
@@ -5059,7 +5060,7 @@ def page_status(queue: Queue) -> dict[str, Any]:
 
 def page_jobs(queue: Queue, asked: Mapping[str, str]) -> dict[str, Any]:
     """A page of Queue.newest."""
-    before = parse_integer(0, 1 << 59)(asked["before"]) if "before" in asked else None
+    before = WHOLE(asked["before"]) if "before" in asked else None
     jobs, older = queue.newest(asked.get("state"), asked.get("queue"), asked.get("word", ""),
                                before)
     return {"now": time.time(), "older": older, "jobs": [
@@ -5071,11 +5072,11 @@ def page_job(queue: Queue, asked: Mapping[str, str]) -> dict[str, Any]:
     """What `show` says of the job `id`, and the output of its run `run`, or of the last one: where
     that is `shown` already, what goes beyond its first `seen` bytes."""
     import codecs
-    number, job = parse_integer(0, 1 << 59), queue.get(asked["id"])
+    job = queue.get(asked["id"])
     runs, output = queue.runs(job.id), None
-    chosen = number(asked.get("run", len(runs)))
+    chosen = WHOLE(asked.get("run", len(runs)))
     if 0 < chosen <= len(runs):
-        seen = number(asked.get("seen", 0)) if number(asked.get("shown", 0)) == chosen else 0
+        seen = WHOLE(asked.get("seen", 0)) if WHOLE(asked.get("shown", 0)) == chosen else 0
         pieces, ended = queue.pieces(runs[chosen - 1].run, seen)
         data, end = join_pieces(pieces, seen)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -5096,9 +5097,10 @@ def act_cancel(queue: Queue, body: dict[str, Any]) -> None:
 
 # What a tab may ask for, by what stands behind the ?, and what it may have done, by the JSON in
 # `body`. What Queue does not look at itself is looked at here.
-PAGE_LOOKS: dict[str, Callable[[Queue, Mapping[str, str]], Any]] = {
-    "/jobs": page_jobs, "/job": page_job}
-PAGE_ACTS: dict[str, Callable[[Queue, dict[str, Any]], Any]] = {
+if TYPE_CHECKING:
+    Answers = Dict[str, Callable[[Queue, Dict[str, Any]], Any]]
+PAGE_LOOKS: Answers = {"/jobs": page_jobs, "/job": page_job}
+PAGE_ACTS: Answers = {
     "/enqueue": lambda queue, body: queue.enqueue_many([body])[0],
     "/edit": lambda queue, body: queue.edit(str(body.pop("id")), **{
         name: body[name] for name in FIELDS if name in body}),
@@ -5187,7 +5189,7 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
                 where = urllib.parse.urlsplit(self.path)
                 path, asked = where.path, dict(urllib.parse.parse_qsl(where.query))
                 headers = self.admit(path, asked)
-                body = self.body() if path in PAGE_ACTS else {}
+                given = self.body() if path in PAGE_ACTS else asked
                 silent.pop(self.connection, None)
                 if path == "/":
                     page = PAGE_HTML.replace("{style}", PAGE_STYLE).replace("{script}", PAGE_SCRIPT)
@@ -5199,8 +5201,7 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
                     self.answer(200, "text/event-stream", watch.events())
                 else:
                     with Queue(database.path, expect=database.identity) as queue:
-                        result = PAGE_ACTS[path](queue, body) if path in PAGE_ACTS else \
-                            PAGE_LOOKS[path](queue, asked)
+                        result = {**PAGE_LOOKS, **PAGE_ACTS}[path](queue, given)
                     self.answer(200, "application/json", [json.dumps(result).encode()])
             except Refusal as refusal:
                 self.send_error(*refusal.args)
@@ -5238,7 +5239,7 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
             return {}
 
         def body(self) -> dict[str, Any]:
-            length = parse_integer(0, 1 << 59)(self.headers["Content-Length"])
+            length = WHOLE(self.headers["Content-Length"])
             if length > BODY_LIMIT:
                 raise Refusal(413, "more than %d bytes" % BODY_LIMIT)
             body = json.loads(self.rfile.read(length))
