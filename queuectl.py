@@ -4224,9 +4224,8 @@ def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
     found += obstacles(job.queue, queue.paused(), workers)
     if job.view != "pending":
         return found
-    limit = queue.limits().get(job.queue)
-    running = queue.running_in(job.queue) if limit else []
-    if limit and len(running) >= limit:
+    running, limit = queue.running_in(job.queue), queue.limits().get(job.queue, math.inf)
+    if len(running) >= limit:
         found.append("the limit of the queue %s is reached (%d: %s)" % (
             job.queue, limit, " ".join(running[:5])))
     before = queue.standing_before(job)
@@ -4428,18 +4427,16 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None,
     last, caller = 0 if ids else queue.wait_for_all(), own_job(queue)
     open_jobs = [queue.get(id).id for id in dict.fromkeys(ids) if id != caller]
     total = len(open_jobs) if ids else queue.progress(last, caller)[0]
-    failed, bad = 0, []
+    bad: list[Job] = []
     while True:
         looked = time.monotonic()
         if ids:
-            for id in list(open_jobs):
-                job = queue.get(id)
+            for job in map(queue.get, list(open_jobs)):
                 if job.state in ENDED or queue.stuck(job):
-                    open_jobs.remove(id)
+                    open_jobs.remove(job.id)
                     if job.state != "completed":
-                        failed += 1
                         bad.append(job)
-            left = len(open_jobs)
+            left, failed = len(open_jobs), len(bad)
         else:
             left, stuck, failed = queue.progress(last, caller)
             left, failed = left - stuck, failed + stuck
