@@ -384,6 +384,11 @@ def format_age(seconds: float) -> str:
     return "%dd" % (seconds // 86400)
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 job`, `2 jobs`; with a verb, `many` is how it reads of more than one."""
+    return "%d %s" % (number, one if number == 1 else many or one + "s")
+
+
 # The parsers below read a value as it comes from a command line (a string) or from JSON.
 # Each returns what is stored or raises QueueError with an explanation that reads on from
 # the value's name.
@@ -4230,7 +4235,7 @@ def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
             job.queue, limit, " ".join(running[:5])))
     before = queue.standing_before(job)
     if before:
-        found.append("%d job%s before it" % (before, " stands" if before == 1 else "s stand"))
+        found.append(counted(before, "job stands", "jobs stand") + " before it")
     elif not found and not served and not any(
             info.job is None and serves(info, job.queue) for info in workers or ()):
         found.append("it is the next one, once a worker is free")
@@ -4270,7 +4275,7 @@ def status_warning(status: Mapping[str, Any]) -> str | None:
     orphaned = status["orphaned"]
     if orphaned:
         return "%s left by a dead worker; %s" % (
-            "1 job was" if orphaned == 1 else "%d jobs were" % orphaned,
+            counted(orphaned, "job was", "jobs were"),
             "%s says more" % hint("show ID") if workers
             else "to take up again: %s" % hint("worker start"))
     if jobs["pending"] and jobs["pending"] == jobs["blocked"] and not jobs["processing"]:
@@ -4282,7 +4287,7 @@ def status_warning(status: Mapping[str, Any]) -> str | None:
             for reason in obstacles(name, paused, workers):
                 waiting[reason] = waiting.get(reason, 0) + row["pending"]
     for reason, count in waiting.items():
-        return "%d job%s: %s" % (count, " waits" if count == 1 else "s wait", reason)
+        return "%s: %s" % (counted(count, "job waits", "jobs wait"), reason)
     return None
 
 
@@ -4292,7 +4297,7 @@ def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[t
     given, run after run to the end of the job. QueueError if there is no such run."""
     runs = queue.runs(job.id)
     if number is not None and not 1 <= number <= len(runs):
-        raise QueueError("job %s has %d runs" % (job.id, len(runs)))
+        raise QueueError("job %s has %s" % (job.id, counted(len(runs), "run")))
     if number is None and not runs and not live:
         raise QueueError("job %s has not run yet" % job.id)
     shown = max(0, len(runs) - 1) if number is None else number - 1
@@ -4444,14 +4449,13 @@ def wait_for(queue: Queue, ids: Sequence[str], timeout: float | None,
         tell(total - left - failed, failed, left)
         if failed and not left:
             raise QueueError("%s not completed%s (see: %s)" % (
-                "1 job has" if failed == 1 else "%d jobs have" % failed,
+                counted(failed, "job has", "jobs have"),
                 ": " + ", ".join("%s is %s" % (job.id, job.view) for job in bad[:5]) if bad else "",
                 hint("show " + bad[0].id if bad else "status")))
         if not left:
             return
         if time.monotonic() >= until:
-            raise TimeoutExpired("%d job%s not ended in time" % (left, " has" if left == 1 else
-                                                                 "s have"))
+            raise TimeoutExpired(counted(left, "job has", "jobs have") + " not ended in time")
         # To count a million jobs takes a while, which the workers should have.
         _await_change(queue, until, rest=min(10 * took, LONGEST_REST))
 
@@ -4468,10 +4472,6 @@ def say(text: str) -> None:
     what it is about stays as it is."""
     with contextlib.suppress(OSError):
         print("queuectl: " + printable(text), file=sys.stderr, flush=True)
-
-
-def counted(number: int, noun: str) -> str:
-    return "%d %s%s" % (number, noun, "" if number == 1 else "s")
 
 
 def is_terminal(stream: TextIO) -> bool:
