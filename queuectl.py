@@ -57,7 +57,7 @@ from datetime import datetime, timedelta
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NoReturn
-    from typing import Dict, Optional, Sequence, TextIO, Tuple, TypeVar
+    from typing import Dict, Optional, Sequence, Tuple, TypeVar
     T = TypeVar("T")
 
 __version__ = "1.0.0"
@@ -4474,21 +4474,14 @@ def say(text: str) -> None:
         print("queuectl: " + printable(text), file=sys.stderr, flush=True)
 
 
-def is_terminal(stream: TextIO) -> bool:
-    try:
-        return stream.isatty()
-    except ValueError:
-        return False
-
-
 def width() -> int:
     import shutil
-    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else UNLIMITED
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
 
 
 def colour(text: str, state: str) -> str:
     """The text in the colour of that state, if it has one, on a terminal."""
-    if state not in COLOURS or not is_terminal(sys.stdout) or os.environ.get("NO_COLOR"):
+    if state not in COLOURS or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     return "\x1b[%sm%s\x1b[0m" % (COLOURS[state], text)
 
@@ -5476,7 +5469,7 @@ def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
                     skipped: list[str]) -> Iterator[tuple[str, Any]]:
     """Jobs with the command line's defaults filled in. Those that have ended are skipped, and
     jobs that come after a completed one of them need not wait."""
-    live, number = is_terminal(sys.stderr), 0
+    live, number = sys.stderr.isatty(), 0
     completed = set()
     for number, (place, job) in enumerate(jobs, 1):
         if live and number % 10000 == 0:
@@ -5733,7 +5726,7 @@ def show(args: argparse.Namespace, value: Any, lines: Iterable[str]) -> None:
     "status", "whether it is going well", "queuectl.py status --watch", JSON,
     option("--watch", action="store_true", help="redraw every second, until Ctrl-C"))
 def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
-    while args.watch and is_terminal(sys.stdout):
+    while args.watch and sys.stdout.isatty():
         import shutil
         size, status = shutil.get_terminal_size(), gather_status(queue)
         sys.stdout.write("\x1b[H" + "".join(line + "\x1b[K\n" for line in status_screen(
@@ -5796,7 +5789,7 @@ def cmd_logs(queue: Queue, args: argparse.Namespace) -> None:
                                                "failure from before)"),
     option("--timeout", type=DURATION, metavar="T", help="exit 124 after this time"))
 def cmd_wait(queue: Queue, args: argparse.Namespace) -> None:
-    live, start = is_terminal(sys.stderr), 0.0
+    live, start = sys.stderr.isatty(), 0.0
 
     def tell(done: int, failed: int, left: int) -> None:
         nonlocal start
@@ -5957,7 +5950,7 @@ def cmd_metrics(queue: Queue, args: argparse.Namespace) -> None:
 def cmd_web(queue: Queue, args: argparse.Namespace) -> None:
     def show_url(url: str) -> None:
         print(url, flush=True)
-        if is_terminal(sys.stderr):
+        if sys.stderr.isatty():
             say("open it in a browser on this machine; Ctrl-C ends it")
 
     serve_page(queue, args.port, show_url, say)
