@@ -3388,10 +3388,8 @@ class Output:
     def feed(self, data: bytes) -> None:
         self.total += len(data)
         room = self._first - len(self._head)
-        if room > 0:
-            self._head += data[:room]
-            data = data[room:]
-        self._tail += data
+        self._head += data[:room]
+        self._tail += data[room:]
         if len(self._tail) > 2 * self._last:
             del self._tail[:len(self._tail) - self._last]
 
