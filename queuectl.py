@@ -5342,7 +5342,9 @@ LONGEST_JOB = 1 << 24  # characters of one job in such a file
 JSON = option("--json", action="store_true", help="print JSON")
 DURATION = checked(parse_duration)
 NUMBER = checked(parse_integer(0, 2 ** 31))
+ID = option("id", metavar="ID")
 IDS = option("id", nargs="*", metavar="ID")
+KEY = option("key", metavar="KEY")
 OF_QUEUE = option("--queue", type=checked(parse_queue), metavar="NAME", help="of this queue only")
 ALL = option("--all", action="store_true", help="of every queue")
 
@@ -5750,8 +5752,7 @@ def cmd_list(queue: Queue, args: argparse.Namespace) -> None:
     show(args, jobs, job_table(jobs, queue.blocker, time.time()))
 
 
-@command("show", "one job with all its runs", "queuectl.py show job1 --json",
-         option("id", metavar="ID"), JSON)
+@command("show", "one job with all its runs", "queuectl.py show job1 --json", ID, JSON)
 def cmd_show(queue: Queue, args: argparse.Namespace) -> None:
     job, runs = queue.get(args.id), queue.runs(args.id)
     show(args, dict(job.as_dict(), runs=[run.as_dict() for run in runs]),
@@ -5759,7 +5760,7 @@ def cmd_show(queue: Queue, args: argparse.Namespace) -> None:
 
 
 @command(
-    "logs", "what a job printed", "queuectl.py logs -f job1", option("id", metavar="ID"),
+    "logs", "what a job printed", "queuectl.py logs -f job1", ID,
     option("-f", "--follow", action="store_true",
            help="follow a waiting or running job to its end"),
     option("--run", type=checked(parse_integer(1, 2 ** 31)), metavar="N",
@@ -5824,8 +5825,7 @@ def cmd_cancel(queue: Queue, args: argparse.Namespace) -> None:
 
 
 @command(
-    "edit", "change a job that does not run", "queuectl.py edit job1 --priority 5 --timeout 1h",
-    option("id", metavar="ID"),
+    "edit", "change a job that does not run", "queuectl.py edit job1 --priority 5 --timeout 1h", ID,
     option("--command", type=checked(parse_line), metavar="C", help="another command"),
     *FIELD_OPTIONS)
 def cmd_edit(queue: Queue, args: argparse.Namespace) -> None:
@@ -5886,13 +5886,13 @@ def cmd_config_get(queue: Queue, args: argparse.Namespace) -> None:
 
 
 @command("config set", "change a setting", "queuectl.py config set max-retries 5",
-         option("key", metavar="KEY"), option("value", metavar="VALUE"))
+         KEY, option("value", metavar="VALUE"))
 def cmd_config_set(queue: Queue, args: argparse.Namespace) -> None:
     queue.set_setting(args.key, args.value)
 
 
 @command("config unset", "let a setting have its default again",
-         "queuectl.py config unset max_retries", option("key", metavar="KEY"))
+         "queuectl.py config unset max_retries", KEY)
 def cmd_config_unset(queue: Queue, args: argparse.Namespace) -> None:
     queue.unset_setting(args.key)
 
