@@ -2888,10 +2888,7 @@ class Platform(Process):
         queuectl.release(path, queuectl.hold(path, 0))
         self.assertFalse(os.path.exists(path))
         self.assertFalse(queuectl.is_held(path))
-
-    def test_a_process_knows_its_own_lock(self):
-        """Asking the kernel would drop it: closing any descriptor of a file does."""
-        path = self.path("own.lock")
+        # To ask for one's own would drop it: closing any descriptor of a file does.
         self.addCleanup(os.close, queuectl.hold(path))
         self.assertTrue(queuectl.is_held(path))
         with self.assertRaises(BlockingIOError):
@@ -3052,18 +3049,6 @@ class Platform(Process):
         self.kill_tree(path, child.pid)
 
     @linux
-    def test_end_tree_kills_nobody_without_proof(self):
-        child, path = self.tree("cd %s; %s; exit 0" % (shlex.quote(self.dir), self.BARE))
-        pid = self.bare(self.dir)
-        child.ended()
-        pids, unproven = queuectl.end_tree(path, 7, "db/7")
-        self.assertEqual(pids, [])
-        self.assertIn("process %d of its group" % pid, unproven)
-        self.assertTrue(alive(pid))
-        os.kill(pid, signal.SIGKILL)
-        self.until(lambda: queuectl.end_tree(path, 7, "db/7") == ([], None))
-
-    @linux
     def test_end_tree_leaves_strangers_alone(self):
         """A number that was reused, after a boot, or in another container proves nothing."""
         tick = queuectl.START_TICK
@@ -3122,16 +3107,6 @@ class Platform(Process):
         self.hear(peer)
         self.kill_tree(path)
         self.assertIsNone(peer.poll())
-
-    def test_signals_that_were_blocked_are_heard(self):
-        peer = self.peer("""if 1:
-            import queuectl, signal
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGCHLD])
-            queuectl.reset_signals()
-            print(signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN,
-                  signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)""")
-        self.assertEqual(self.hear(peer), "False set()")
 
 
 class Runner(Process):
@@ -3210,20 +3185,16 @@ class Runner(Process):
         claim = self.claim(queue)
         with mock.patch.object(queuectl, "Child", side_effect=OSError(errno.EAGAIN, "no")):
             execution = queuectl.Execution(claim, "exit", {}, None)
-        with mock.patch.object(queuectl, "LIVE_DELAY", 0), queue.impatient(), \
-                contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other:
+        with mock.patch.object(queuectl, "LIVE_DELAY", 0), queue.impatient():
             execution._show_at, execution._timeout_at = 0, math.inf
-            for text, busy in ((b"one", False), (b"two", True), (b"three", False)):
-                execution._output.feed(text)
-                if busy:
-                    other.execute("BEGIN IMMEDIATE")
-                    with self.assertRaises(queuectl.DatabaseUnavailable):
-                        execution.show_output(queue.add_output)
-                    other.execute("ROLLBACK")
-                    self.assertLess(execution.deadline(), math.inf)  # without more to come
-                else:
-                    execution.show_output(queue.add_output)
-        self.assertEqual(queue.output(claim.run), b"onetwothree")
+            execution._output.feed(b"one")
+            execution.show_output(queue.add_output)
+            execution._output.feed(b"two")
+            with self.locked(), self.assertRaises(queuectl.DatabaseUnavailable):
+                execution.show_output(queue.add_output)
+            self.assertLess(execution.deadline(), math.inf)  # without more to come
+            execution.show_output(queue.add_output)
+        self.assertEqual(queue.output(claim.run), b"onetwo")
 
     def test_what_is_read_of_an_output_is_of_one_moment(self):
         """Where its run ends meanwhile, it is not taken for whole too soon."""
@@ -3307,15 +3278,25 @@ class Workers(Process):
         self.assertEqual(len(slept), 1)
         self.assertLess(slept[0], time.monotonic())
 
-    def test_the_lock_of_an_unsettled_run_stays_while_the_database_is_full(self):
-        """What a job left in the background still holds it, and a rescuer must see that."""
-        worker = self.worker()
-        worker._lock, worker._queue = mock.Mock(), mock.MagicMock()
-        worker._back_off = lambda: None
-        worker._queue.turn.side_effect = [queuectl.DatabaseUnavailable("full")] * 3 + [(None, None)]
+    def test_who_lacks_something_between_two_jobs_tries_again(self):
+        worker, claim, result = self.worker(), mock.Mock(), mock.Mock(seconds=0.0)
+        worker._lock, worker._queue, worker._back_off = mock.Mock(), mock.MagicMock(), lambda: None
+        turn, renew = worker._queue.turn, worker._lock.renew
+        # Where the database is full, the lock of the unsettled run stays: what that job left in
+        # the background still holds it, and a rescuer must see that.
+        turn.side_effect = [queuectl.DatabaseUnavailable("full")] * 3 + [(None, None)]
         self.assertIsNone(worker._turn(None))
-        self.assertEqual(worker._queue.turn.call_count, 4)
-        self.assertEqual(worker._lock.renew.call_count, 1)
+        self.assertEqual((turn.call_count, renew.call_count), (4, 1))
+        # Where no file can be locked, the result is stored before.
+        for each in (turn, worker._log.warn):
+            each.reset_mock()
+        renew.side_effect = [OSError(errno.EMFILE, "no")] * 2 + ["w.run0"]
+        turn.side_effect = [(mock.Mock(), None), (None, None), (None, claim)]
+        self.assertIs(worker._turn(result), claim)
+        self.assertEqual([call[0] for call in turn.call_args_list], [
+            (result, None, ""), (None, None, ""), (None, "w", "w.run0")])
+        self.assertEqual([call[0][0].partition(":")[0] for call in worker._log.warn.call_args_list],
+                         ["cannot lock a file for the next job"])
 
     def test_a_job_is_put_back_where_its_worker_lacks_something(self):
         worker = self.worker()
@@ -3363,9 +3344,7 @@ class Workers(Process):
         """Neither a supervisor that would checkpoint nor a worker that leaves waits for long."""
         supervisor, worker = self.supervisor(), self.worker()
         worker._level = queuectl.DRAIN
-        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other, \
-                mock.patch.object(queuectl, "_size", return_value=sys.maxsize):
-            other.execute("BEGIN IMMEDIATE")
+        with self.locked(), mock.patch.object(queuectl, "_size", return_value=sys.maxsize):
             start = time.monotonic()
             self.assertIsNone(worker._turn(None))
             self.assertLess(time.monotonic() - start, 0.5)
@@ -3450,11 +3429,9 @@ class Workers(Process):
         worker._sleep(0.0)
         worker._sleep(0.0)  # not again so soon
         self.assertEqual(seen, [queuectl.IMPATIENCE])
-        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other, \
-                mock.patch("time.sleep", side_effect=AssertionError("it sleeps")):
-            other.execute("BEGIN IMMEDIATE")
-            with self.assertRaises(queuectl.DatabaseUnavailable), queue.impatient(-1.0):
-                queue.pause()
+        with self.locked(), mock.patch("time.sleep", side_effect=AssertionError("it sleeps")), \
+                self.assertRaises(queuectl.DatabaseUnavailable), queue.impatient(-1.0):
+            queue.pause()
         self.assertEqual(queue._patience, queuectl.BUSY_BUDGET)
 
     def test_a_rescuer_looks_again_soon(self):
@@ -3507,34 +3484,13 @@ class Workers(Process):
                 worker._back_off()
                 self.assertAlmostEqual(clock.now, 100.0 + 0.3 * queuectl.TICK * sleeps)
 
-    def test_who_could_not_lock_tries_again(self):
-        """And has stored its result before."""
-        worker, claim, result = self.worker(), mock.Mock(), mock.Mock(seconds=0.0)
-        worker._lock, worker._queue, worker._back_off = mock.Mock(), mock.MagicMock(), lambda: None
-        worker._lock.renew.side_effect = [OSError(errno.EMFILE, "no")] * 2 + ["w.run0"]
-        worker._queue.turn.side_effect = [(mock.Mock(), None), (None, None), (None, claim)]
-        self.assertIs(worker._turn(result), claim)
-        self.assertEqual([call[0] for call in worker._queue.turn.call_args_list], [
-            (result, None, ""), (None, None, ""), (None, "w", "w.run0")])
-        self.assertEqual([call[0][0].partition(":")[0] for call in worker._log.warn.call_args_list],
-                         ["cannot lock a file for the next job"])
-
-    def test_what_has_run_is_counted_while_a_long_job_runs(self):
-        meeting = self.meeting()
-        self.add("a", "true")
-        self.add("b", meeting.here)
-        self.workers()
-        meeting.arrived()
-        with Queue(self.db) as queue:
-            self.until(lambda: [row[1:3] for row in queue.stats()] == [("completed", 1)])
-
     @linux
     def test_the_surroundings_of_a_job(self):
         """Whatever the worker inherited: ignored and blocked signals, an umask."""
         def hostile():
             for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGQUIT):
                 signal.signal(signum, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
             os.umask(0o027)
         self.add("a", "for fd in 0 1 2; do readlink /proc/$$/fd/$fd; done; ls /proc/$$/fd; "
                  "touch made; umask; grep -E '^Sig(Blk|Ign)' /proc/self/status; exit 3",
@@ -3556,8 +3512,9 @@ class Workers(Process):
         # The C library itself ignores 32 and 33 in what it spawns.
         self.assertEqual(int(masks["SigIgn:"], 16) & ~(3 << 31), 0)
         self.assertEqual(stat.S_IMODE(os.stat(self.path("made")).st_mode), 0o640)
-        process.send_signal(signal.SIGTERM)
-        self.ended(process)
+        for pid in process.pid, self.infos()[0].pid:
+            self.assertEqual(process_status(pid, "SigBlk"), 0)
+        self.stop(process)
 
     def test_a_line_that_needs_no_shell_ends_as_with_one(self):
         for name, text in (("noshebang", "echo shell $0 $@"), ("a-script", "#!/bin/sh\necho $0 $@"),
@@ -3680,16 +3637,6 @@ class Workers(Process):
         self.ended(second)
         self.assertEqual((self.job("c").state, self.job("d").state), ("completed", "pending"))
 
-    def test_worker_stop_says_for_whom_it_waits(self):
-        _, process, _ = self.busy()
-        pid, notes = self.infos()[0].pid, []
-        with Queue(self.db) as queue, mock.patch.object(queuectl, "PATIENCE", 0.0):
-            with self.assertRaises(queuectl.TimeoutExpired):
-                queuectl.stop_workers(queue, queuectl.DRAIN, 0.1, notes.append)
-        self.assertEqual(notes, [
-            "waiting for job a (pid %d), its supervisor (pid %d); not to wait for jobs: "
-            "queuectl.py worker stop --now" % (pid, process.pid)])
-
     def test_replacing_pauses_more_and_more_and_hears_a_stop_meanwhile(self):
         self.add("a", "kill -9 $PPID; sleep 1000", max_retries=1000)
         process = self.workers()
@@ -3699,8 +3646,7 @@ class Workers(Process):
             if number > 1:  # the first death is replaced at once
                 self.assertGreater(after - before, 0.05 * 2 ** number - 0.01)
         self.until(lambda: not self.infos())
-        process.send_signal(signal.SIGTERM)
-        self.ended(process)
+        self.stop(process)
         self.assertEqual(self.job("a").state, "pending", [self.runs("a")[-1], self.log(process)])
         runs = len(self.runs("a"))
         process = self.workers()
@@ -3740,8 +3686,7 @@ class Stopping(Process):
         self.until_state("a", "completed")
         self.add("b", "true")
         self.until_state("b", "completed")
-        os.kill(process.pid, signal.SIGTERM)
-        self.ended(process)
+        self.stop(process)
 
     def test_the_first_signal_finishes_the_jobs(self):
         """Ctrl-C, too, which a terminal sends to the whole foreground group."""
@@ -3791,8 +3736,14 @@ class Stopping(Process):
         self.assertNotIn("putting them back", self.log(process))
 
     def test_a_stop_can_become_urgent(self):
+        """Until then, it says for whom it waits."""
         meeting, process, pid = self.busy(count=2)
-        self.assertEqual(self.cli("worker", "stop", "--timeout", "0")[0], 124)
+        worker, = [info.pid for info in self.infos() if info.job]
+        with constants(self, PATIENCE=0.0):
+            code, out, err = self.cli("worker", "stop", "--timeout", "0.1")
+        self.assertEqual((code, out, err.count("waiting")), (124, "", 1))
+        self.assertRegex(err, r"waiting for .*job a \(pid %d\), .*its supervisor \(pid %d\); not to "
+                         "wait for jobs: .* worker stop --now" % (worker, process.pid))
         self.until_logged(process, "finishing the current jobs")
         self.assertEqual(self.cli("worker", "stop", "--now")[0], 0)
         self.put_back(meeting, process)
@@ -3867,6 +3818,7 @@ class Hostile(Process):
              b"a\xff\xfe\x80\x1b[31m", "exit code 3: a"),
             ("%s -c 'import os; os.closerange(0, 256); os._exit(5)'" % shlex.quote(sys.executable),
              "failed", 5, None, {}, b"", "exit code 5"),
+            ("exec <&- >&- 2>&-; sleep 0.2; exit 4", "failed", 4, None, {}, b"", "exit code 4"),
             ("exec >there 2>&1; echo there; [ -s there ]", "completed", 0, None, {}, b"", ""),
             ("exec /dev/null", "failed", 126, None, {}, None, "126"),
             ("no-such-command-at-all", "failed", 127, None, {}, None, "--env PATH"),
@@ -3894,20 +3846,6 @@ class Hostile(Process):
         for words in (("list",), ("show", "j6"), ("dlq", "list"), ("list", "--json")):
             self.assertNotIn("\x1b", self.ok(*words))
 
-    def test_a_background_child_that_keeps_the_pipe_open(self):
-        meeting = self.meeting()
-        self.add("a", "(%s; head -c 1000000 /dev/zero; echo $$ >%s) & echo done" % (
-            meeting.here, shlex.quote(meeting.paths["up"])))
-        self.workers()
-        meeting.arrived()
-        self.until_state("a", "completed")
-        self.assertEqual(self.output("a"), b"done\n")
-        self.add("b", "true")
-        self.until_state("b", "completed")
-        meeting.let_go()
-        meeting.arrived()  # what it writes is drained, or it would hang
-        meeting.gone()
-
     @linux
     def test_a_job_that_prints_without_end(self):
         meeting, _, _ = self.busy("head -c 200000000 /dev/zero; %s")
@@ -3920,13 +3858,6 @@ class Hostile(Process):
         output = self.output("a")
         self.assertLess(len(output), 65536 + 200)
         self.assertIn(b"%d bytes are not kept" % (200000000 - 65536), output)
-
-    def test_a_job_that_closes_every_descriptor_goes_on(self):
-        meeting, _, pid = self.busy("exec <&- >&- 2>&-; %s; exit 4", max_retries=1)
-        self.assertEqual(self.job("a").state, "processing")
-        self.assertTrue(alive(pid))
-        self.finish(meeting, "a", "dead")
-        self.assertEqual(self.runs("a")[0].exit_code, 4)
 
     def test_a_job_that_uses_descriptors_of_its_own(self):
         meeting, process, first = self.busy(
@@ -4068,7 +3999,8 @@ class Hostile(Process):
         sys.exit(queuectl.main(["worker", "start"]))"""
 
     def test_the_pipes_of_background_children_are_bounded(self):
-        """The oldest is closed; the Limits in the README tell so."""
+        """The oldest is closed, what is written to the others is drained; the Limits in the README
+        tell so."""
         limits = read_file(os.path.join(HERE, "README.md")).decode()
         limits = limits.partition("\n## Limits\n")[2].partition("\n## ")[0]
         process = subprocess.Popen([sys.executable, "-c", self.CROWDED], stderr=subprocess.DEVNULL,
@@ -4078,10 +4010,11 @@ class Hostile(Process):
         meetings = [self.meeting("m%d" % number) for number in range(3)]
         for number, meeting in enumerate(meetings):
             told = self.path("told%d" % number)
-            self.add("j%d" % number, "(%s; trap '' PIPE; echo late; echo $? >%s) & exit 0" % (
-                meeting.here, shlex.quote(told)))
+            self.add("j%d" % number, "(%s; trap '' PIPE; head -c 1000000 /dev/zero; echo $? >%s) & "
+                     "echo done" % (meeting.here, shlex.quote(told)))
             meeting.arrived()
             self.until_state("j%d" % number, "completed")
+            self.assertEqual(self.output("j%d" % number), b"done\n")
         self.add("after", "true")
         self.until_state("after", "completed")
         for number, meeting in enumerate(meetings):
