@@ -2614,6 +2614,13 @@ class Process(Case):
         self.db = self.env["QUEUECTL_DB"] = os.environ["QUEUECTL_DB"] = self.path(*names)
         os.makedirs(os.path.dirname(self.db), 0o700, exist_ok=True)
 
+    @contextlib.contextmanager
+    def place(self, name):
+        """A subtest with a database and a meeting of its own."""
+        with self.subTest(name):
+            self.use(name + ".db")
+            yield self.meeting(name)
+
     def assert_sound(self, message=None):
         self.assertEqual(self.sql("PRAGMA integrity_check"), [("ok",)], message)
 
@@ -3623,9 +3630,7 @@ class Stopping(Process):
     def test_the_first_signal_finishes_the_jobs(self):
         """Ctrl-C, too, which a terminal sends to the whole foreground group."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            with self.subTest(signum=signum):
-                self.use("%d.db" % signum)
-                meeting = self.meeting(str(int(signum)))
+            with self.place("signal%d" % signum) as meeting:
                 self.add("a", meeting.here)
                 process = self.workers(2)
                 pid = meeting.arrived()
@@ -3641,16 +3646,14 @@ class Stopping(Process):
                 self.assertEqual(self.infos(supervisors=True), [])
 
     def test_a_later_second_signal_ends_the_jobs_and_puts_them_back(self):
-        for number, signum in enumerate((signal.SIGINT, signal.SIGTERM)):
-            with self.subTest(signum=signum):
-                self.use("%d.db" % number)
-                meeting = self.meeting(str(number))
+        for first, second in ("INT", "INT"), ("HUP", "TERM"):
+            with self.place(second) as meeting:
                 self.add("a", self.in_background(meeting) + meeting.here)
                 process = self.workers()
                 meeting.arrived(), meeting.arrived()
-                process.send_signal(signal.SIGHUP if number else signal.SIGINT)
+                process.send_signal(signal.Signals["SIG" + first])
                 self.much_later(process)
-                process.send_signal(signum)
+                process.send_signal(signal.Signals["SIG" + second])
                 self.put_back(meeting, process)
 
     def test_one_act_that_arrives_twice_is_one_order(self):
@@ -3685,10 +3688,8 @@ class Stopping(Process):
         for name, trap, grace, output, signum in (
                 ("polite", "echo clean; exit 0", 1000, b"clean\n", None),
                 ("stubborn", "", 0.2, b"", signal.SIGKILL)):
-            with self.subTest(name):
-                self.use(name + ".db")
+            with self.place(name) as meeting:
                 self.configure(kill_grace=grace)
-                meeting = self.meeting(name)
                 self.add("a", "trap '%s' TERM; %s" % (trap, meeting.here))
                 process = self.workers()
                 meeting.arrived()
@@ -3799,10 +3800,8 @@ class Hostile(Process):
 
     def test_few_descriptors(self):
         for limit in (20, 64, 100):
-            with self.subTest(limit):
-                self.use("%d.db" % limit)
+            with self.place(str(limit)) as background:  # where they hold descriptors, for good
                 self.configure(backoff_base=0)
-                background = self.meeting(str(limit))  # where they hold descriptors, for good
                 ids = ["j%d" % number for number in range(20)]
                 for id in ids:
                     self.add(id, self.in_background(background)
@@ -3909,9 +3908,7 @@ class Hostile(Process):
                 ("cancelled", "exec %s", "cancelled", "cancelled", "cancel a"),
                 ("stopped", "exec %s", "interrupted", "pending",
                  "worker stop --now --timeout 20")):
-            with self.subTest(kind):
-                self.use("home", kind + ".db")
-                meeting = self.meeting(kind)
+            with self.place(os.path.join("home", kind)) as meeting:
                 for path in meeting.paths.values():
                     os.chmod(path, 0o666)
                 self.left_alone(command % (line + shlex.quote(meeting.here)), meeting, outcome,
@@ -3998,7 +3995,8 @@ class Guarantees(Process):
         process.wait(PATIENCE)
 
     def test_01_each_worker_syncs_its_own_commits(self):
-        """Within SYNC_DELAY of the first one that is not synced; where it fails, again."""
+        """Within SYNC_DELAY of the first one that is not synced, also while it waits for the writer
+        lock; where it fails, again."""
         first, second = (self.queue(durable=False) for _ in range(2))
         first.sync(), second.sync()
         synced = []
@@ -4023,17 +4021,14 @@ class Guarantees(Process):
             second.add_output(claim.run, [(0, b"x")], (1, 1))  # if it is lost, so is the run
             self.assertEqual(second.sync_at, math.inf)
             second.enqueue("true")
-            second.close()
+            second.sync_at = 0.0
+            with self.locked(), second.impatient(0.05), \
+                    self.assertRaises(queuectl.DatabaseUnavailable):
+                second.enqueue("true")
             self.assertEqual(len(synced), 4)
-
-    def test_01_who_waits_for_the_writer_lock_syncs_meanwhile(self):
-        queue, synced = self.queue(durable=False), []
-        queue.enqueue("true")
-        queue.sync_at = 0.0
-        with self.locked(), mock.patch.object(queuectl, "flush", synced.append), \
-                queue.impatient(0.05), self.assertRaises(queuectl.DatabaseUnavailable):
-            queue.enqueue("true")
-        self.assertEqual(len(synced), 1)
+            second.enqueue("true")
+            second.close()
+            self.assertEqual(len(synced), 5)
 
     def test_02_one_claim_per_job(self):
         """And one settle: ModelTest shows that stale results change nothing."""
@@ -4210,19 +4205,6 @@ class Guarantees(Process):
             del rung[:]
             self.settle(queue, claim)
             self.assertEqual(rung, ["1", "3"])  # the queue of the job that waited for it
-
-    def test_05_wake_ups_are_not_spent_on_the_dead(self):
-        """The dead worker is the first that anybody would wake for the job that it has lost."""
-        self.workers()
-        worker = self.infos()[0].pid
-        self.freeze(worker)
-        with Queue(self.db) as queue:
-            queue.register("0", "0", None, None)
-            queue.enqueue("true", id="a", max_retries=5)
-            queue.turn(None, "0", "0.run0")
-        os.kill(worker, signal.SIGCONT)
-        self.until_state("a", "completed")
-        self.assertEqual([run.outcome for run in self.runs("a")], ["lost", "completed"])
 
     def snapshot(self, folder):
         """What stands in a folder, byte for byte (without the side files of a queue)."""
@@ -4633,9 +4615,7 @@ class Guarantees(Process):
     @linux
     def test_12_no_connection_crosses_a_fork(self):
         for moment in ("before", "meanwhile"):
-            with self.subTest(moment):
-                self.use(moment + "-q.db")
-                meeting = self.meeting(moment)
+            with self.place(moment) as meeting:
                 peer = self.peer("""if 1:
                     import os, queuectl, sys
                     if __name__ == "__main__":
@@ -4740,11 +4720,13 @@ class Guarantees(Process):
         process = self.workers()
         for pid in (process.pid, self.infos()[0].pid):
             self.freeze(pid)
-        holder = self.long_log(queuectl.WAL_LIMIT)
+        leader, = [info.name for info in self.infos(supervisors=True) if not info.slot]
+        keeper, holder = self.queue(), self.long_log(queuectl.WAL_LIMIT)
         before, end = self.touched(), time.monotonic() + 2.5
-        process.send_signal(signal.SIGCONT)  # it looks every second
+        process.send_signal(signal.SIGCONT)
 
         def over():
+            keeper.ring(leader)
             self.assertEqual(self.touched(), before, "pages were written without the writer lock")
             return time.monotonic() > end
         self.until(over)
@@ -4757,9 +4739,10 @@ class Guarantees(Process):
         reader.execute("SELECT count(*) FROM jobs").fetchone()
         holder = self.long_log(queuectl.WAL_LIMIT)
         holder.execute("ROLLBACK")
-        longest, end = [0.0], time.monotonic() + 4
+        longest, end = [0.0], time.monotonic() + 2.5
 
         def write():
+            keeper.ring(leader)
             before = time.monotonic()
             holder.execute("BEGIN IMMEDIATE")
             holder.execute("ROLLBACK")
@@ -4930,10 +4913,8 @@ class Guarantees(Process):
                 # What has no environment either is known by its group alone.
                 ("before the worker sleeps", "while read -r pid name state rest </proc/$PPID/stat "
                  "&& [ $state != S ]; do :; done; kill -STOP $PPID; exec env -i %s")):
-            with self.subTest(kind):
-                self.use(kind + ".db")
+            with self.place(kind) as meeting:
                 self.configure(backoff_base=0)
-                meeting = self.meeting(kind)
                 self.add("a", command % self.shut(meeting.here), max_retries=100)
                 process = self.workers()
                 pid = meeting.arrived()
@@ -4986,9 +4967,7 @@ class Guarantees(Process):
     def test_04_the_run_folder_may_be_deleted(self):
         """Together with what it knows of the trees of dead workers."""
         for kind in ("plain", "away", "alive"):
-            with self.subTest(kind):
-                self.use(kind + ".db")
-                meeting = self.meeting(kind)
+            with self.place(kind) as meeting:
                 self.add("a", "setsid %s & wait" % self.shut(meeting.here) if kind == "away"
                          else meeting.here, max_retries=5)
                 process = self.workers()
