@@ -120,11 +120,9 @@ class Case(unittest.TestCase):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8")):
             code = queuectl.main([str(word) for word in words])
-        texts = []
-        for stream in (out, err):
-            stream.flush()
-            texts.append(stream.buffer.getvalue().decode("utf-8", "backslashreplace"))
-        return code, texts[0], texts[1]
+        out.flush(), err.flush()
+        return (code,) + tuple(stream.buffer.getvalue().decode("utf-8", "backslashreplace")
+                               for stream in (out, err))
 
     def ok(self, *words, stdin=b""):
         """stdout of a command line that must succeed."""
@@ -191,8 +189,7 @@ class Case(unittest.TestCase):
         for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10 if infos else 0)
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
             if process.stdout:
                 process.stdout.close()
@@ -810,12 +807,7 @@ class Model(Case):
 class Schema(Case):
     """The file: its marks, its mode, its place; and indexes that are used."""
 
-    def test_marks(self):
-        """A database says whose it is, of which version, and which one it is."""
-        self.ok("status")
-        for pragma, value in (("application_id", 0x71756575), ("user_version", queuectl.VERSION),
-                              ("journal_mode", "wal"), ("integrity_check", "ok")):
-            self.assertEqual(self.sql("PRAGMA " + pragma), [(value,)])
+    def test_each_has_an_identity(self):
         with Queue(self.db) as one, Queue(self.db) as again, Queue(self.path("o.db")) as other:
             self.assertRegex(one.identity, r"\A[0-9a-f]{32}\Z")
             self.assertEqual(one.identity, again.identity)
@@ -917,7 +909,9 @@ class Schema(Case):
             if number % 2:
                 open(self.db, "wb").close()
             self.ok("--db", self.db, *words)
-            self.assertEqual(self.sql("PRAGMA application_id"), [(0x71756575,)], words)
+            for pragma, value in (("application_id", 0x71756575), ("journal_mode", "wal"),
+                                  ("user_version", queuectl.VERSION), ("integrity_check", "ok")):
+                self.assertEqual(self.sql("PRAGMA " + pragma), [(value,)], words)
 
     def test_the_default_place(self):
         """Per user, whatever the working directory; only this folder is made, private."""
@@ -983,9 +977,9 @@ class Schema(Case):
 
     # Indexes.
 
-    def recording(self):
-        """A Queue, and the list of the (statement, parameters) that it executes."""
-        seen = []
+    def test_every_query_uses_its_index(self):
+        """No full scan of the jobs or the runs; what is counted is a covering index."""
+        clock, seen, connect = self.clock(), [], sqlite3.connect
 
         class Recording(sqlite3.Connection):
             def execute(self, sql, parameters=()):
@@ -997,17 +991,10 @@ class Schema(Case):
                 seen.extend((sql, row) for row in rows[:1])
                 return super().executemany(sql, rows)
 
-        connect = sqlite3.connect
         with mock.patch("sqlite3.connect", lambda *arguments, **options: connect(
-                *arguments, **dict(options, factory=Recording))):
-            return self.queue(), seen
-
-    def test_every_query_uses_its_index(self):
-        """No full scan of the jobs or the runs; what is counted is a covering index."""
-        clock = self.clock()
-        queue, seen = self.recording()
+                *arguments, factory=Recording, **options)):
+            queue, every = self.queue(), self.queue()
         queue.serve(["default", "other"])
-        every, seen_too = self.recording()
         look = sqlite3.connect(self.db)
         self.addCleanup(look.close)
         for statement in ("CREATE TEMP TABLE served (queue TEXT PRIMARY KEY)",
@@ -1067,11 +1054,11 @@ class Schema(Case):
               state == "processing" else {ended if state in queuectl.ENDED else waiting}, in_order)
              for state in queuectl.STATES + queuectl.VIEWS]:
             with self.subTest(name):
-                del seen[:], seen_too[:]
+                del seen[:]
                 result = action()
                 if hasattr(result, "__next__"):
                     list(result)
-                plan = [(sql, row[3]) for sql, parameters in seen + seen_too
+                plan = [(sql, row[3]) for sql, parameters in seen
                         if re.match(r"\s*(SELECT|WITH|UPDATE|DELETE|INSERT)", sql)
                         for row in look.execute("EXPLAIN QUERY PLAN " + sql, parameters)]
                 text = "\n".join(detail for _, detail in plan)
@@ -3170,27 +3157,6 @@ class Runner(Process):
 class Workers(Process):
     """Jobs run as promised, and workers come, go and are seen."""
 
-    def test_the_environment_of_a_job(self):
-        """And its folder."""
-        os.mkdir(self.path("folder"))
-        self.add("a", "pwd; env", env={"OF_JOB": "b c", "OF_WORKER": "changed"}, queue="mail",
-                 max_retries=7, cwd=self.path("folder"))
-        self.add("b", "pwd")
-        code, _, err = self.cli("worker", "start", "--drain", cwd="/", env={
-            "OF_WORKER": "x", "KEPT": "y", "QUEUECTL_ATTEMPT": "99"})
-        self.assertEqual(code, 0, err)
-        self.assertEqual(self.output("b").decode(), self.dir + "\n")
-        folder, *lines = self.output("a").decode().splitlines()
-        env = dict(line.split("=", 1) for line in lines)
-        self.assertEqual({key: value for key, value in env.items()
-                          if key.startswith("QUEUECTL_")},
-                         {"QUEUECTL_JOB_ID": "a", "QUEUECTL_ATTEMPT": "1", "QUEUECTL_QUEUE": "mail",
-                          "QUEUECTL_MAX_RETRIES": "7", "QUEUECTL_WORKER": "1",
-                          "QUEUECTL_DB": self.db, "QUEUECTL_RUN": "%s/%d" % (
-                              self.queue().identity, self.runs("a")[0].run)})
-        self.assertEqual([folder] + [env[key] for key in ("OF_JOB", "OF_WORKER", "KEPT")],
-                         [self.path("folder"), "b c", "changed", "y"])
-
     def options(self):
         return queuectl.StartOptions(path=self.db, count=1, drain=False, queues=[], via=None,
                                      quiet=True, log=None, name="supervisor")
@@ -3432,7 +3398,8 @@ class Workers(Process):
 
     @linux
     def test_the_surroundings_of_a_job(self):
-        """Whatever the worker inherited: ignored and blocked signals, an umask."""
+        """Its environment and folder, whatever the worker inherited: variables, ignored and
+        blocked signals, an umask, descriptors."""
         def hostile():
             for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGQUIT):
                 signal.signal(signum, signal.SIG_IGN)
@@ -3441,10 +3408,16 @@ class Workers(Process):
         self.add("a", "for fd in 0 1 2; do readlink /proc/$$/fd/$fd; done; ls /proc/$$/fd; "
                  "touch made; umask; grep -E '^Sig(Blk|Ign)' /proc/self/status; exit 3",
                  max_retries=1)
+        os.mkdir(self.path("folder"))
+        self.add("b", "pwd; env", env={"OF_JOB": "b c", "OF_WORKER": "changed"}, queue="mail",
+                 max_retries=7, cwd=self.path("folder"))
         inherited = os.pipe()
         for fd in inherited:
             self.addCleanup(os.close, fd)
-        process = self.workers(1, preexec_fn=hostile, pass_fds=inherited)
+        process = self.workers(1, preexec_fn=hostile, pass_fds=inherited, cwd="/", env={
+            "OF_WORKER": "x", "KEPT": "y", "QUEUECTL_ATTEMPT": "99"})
+        for _ in range(2):  # a hang-up is ignored, as under nohup
+            process.send_signal(signal.SIGHUP)
         self.until_state("a", "dead")
         self.assertEqual(self.job("a").exit_code, 3)  # with SIGCHLD ignored it would be 0
         words = self.output("a").decode().split()
@@ -3460,6 +3433,19 @@ class Workers(Process):
         self.assertEqual(stat.S_IMODE(os.stat(self.path("made")).st_mode), 0o640)
         for pid in process.pid, self.infos()[0].pid:
             self.assertEqual(process_status(pid, "SigBlk"), 0)
+        self.until_state("b", "completed")
+        folder, *lines = self.output("b").decode().splitlines()
+        env = dict(line.split("=", 1) for line in lines)
+        self.assertEqual({key: value for key, value in env.items()
+                          if key.startswith("QUEUECTL_")},
+                         {"QUEUECTL_JOB_ID": "b", "QUEUECTL_ATTEMPT": "1", "QUEUECTL_QUEUE": "mail",
+                          "QUEUECTL_MAX_RETRIES": "7", "QUEUECTL_WORKER": "1",
+                          "QUEUECTL_DB": self.db, "QUEUECTL_RUN": "%s/%d" % (
+                              self.queue().identity, self.runs("b")[0].run)})
+        self.assertEqual([folder] + [env[key] for key in ("OF_JOB", "OF_WORKER", "KEPT")],
+                         [self.path("folder"), "b c", "changed", "y"])
+        self.add("c", "true")
+        self.until_state("c", "completed")
         self.stop(process)
 
     def test_a_line_that_needs_no_shell_ends_as_with_one(self):
@@ -3617,25 +3603,21 @@ class Stopping(Process):
         start = time.monotonic()
         self.until(lambda: time.monotonic() > start + queuectl.SECOND_SIGNAL)
 
-    def test_nohup_is_respected(self):
-        self.add("a", "true")
-        process = self.workers(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-        os.kill(process.pid, signal.SIGHUP)
-        os.kill(process.pid, signal.SIGHUP)
-        self.until_state("a", "completed")
-        self.add("b", "true")
-        self.until_state("b", "completed")
-        self.stop(process)
-
     def test_the_first_signal_finishes_the_jobs(self):
-        """Ctrl-C, too, which a terminal sends to the whole foreground group."""
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        """Ctrl-C, too, which a terminal sends to the whole foreground group. And one act that
+        arrives twice is one order."""
+        for signum, *again in ((signal.SIGTERM,), (signal.SIGINT,),
+                               (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM)):
             with self.place("signal%d" % signum) as meeting:
                 self.add("a", meeting.here)
                 process = self.workers(2)
                 pid = meeting.arrived()
                 (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
-                self.until_logged(process, "finishing the current jobs")
+                for same in again:
+                    process.send_signal(same)
+                self.much_later(process)
+                if again:
+                    process.send_signal(signal.SIGHUP)  # however late: terminals close twice
                 self.until(lambda: len(self.infos()) == 1)  # the idle one leaves
                 self.add("b", "true")
                 self.assertTrue(alive(pid))
@@ -3644,6 +3626,7 @@ class Stopping(Process):
                 self.ended(process)
                 self.assertEqual([self.job(id).state for id in "ab"], ["completed", "pending"])
                 self.assertEqual(self.infos(supervisors=True), [])
+                self.assertNotIn("putting them back", self.log(process))
 
     def test_a_later_second_signal_ends_the_jobs_and_puts_them_back(self):
         for first, second in ("INT", "INT"), ("HUP", "TERM"):
@@ -3655,20 +3638,6 @@ class Stopping(Process):
                 self.much_later(process)
                 process.send_signal(signal.Signals["SIG" + second])
                 self.put_back(meeting, process)
-
-    def test_one_act_that_arrives_twice_is_one_order(self):
-        meeting, process, pid = self.busy()
-        process.send_signal(signal.SIGHUP)
-        process.send_signal(signal.SIGHUP)
-        process.send_signal(signal.SIGTERM)
-        self.much_later(process)
-        process.send_signal(signal.SIGHUP)  # however late: terminals close twice
-        self.assertTrue(alive(pid))
-        self.assertEqual([info.job for info in self.infos()], ["a"])
-        meeting.let_go()
-        self.ended(process)
-        self.assertEqual(self.job("a").state, "completed")
-        self.assertNotIn("putting them back", self.log(process))
 
     def test_a_stop_can_become_urgent(self):
         """Until then, it says for whom it waits."""
@@ -3770,8 +3739,6 @@ class Hostile(Process):
         meeting.gone()
         self.assertEqual([info.name for info in self.infos()], [worker])
         self.assertIsNone(process.poll())
-        for words in (("list",), ("show", "j6"), ("dlq", "list"), ("list", "--json")):
-            self.assertNotIn("\x1b", self.ok(*words))
 
     @linux
     def test_a_job_that_prints_without_end(self):
@@ -3785,18 +3752,6 @@ class Hostile(Process):
         output = self.output("a")
         self.assertLess(len(output), 65536 + 200)
         self.assertIn(b"%d bytes are not kept" % (200000000 - 65536), output)
-
-    def test_a_job_that_uses_descriptors_of_its_own(self):
-        meeting, process, first = self.busy(
-            "exec 3>three 4>four 5>&1 6>&1 7>&1 8>eight; echo x >&3; echo y >&8; %s", max_retries=5)
-        self.assertEqual(read_file("three") + read_file("eight"), b"x\ny\n")
-        self.assertIn("100", os.listdir("/proc/%d/fd" % first))  # its lock is where it was
-        os.kill(self.infos()[0].pid, signal.SIGKILL)
-        second = meeting.arrived()
-        self.assertFalse(alive(first))
-        self.assertTrue(alive(second))
-        self.finish(meeting)
-        self.assertIsNone(process.poll())
 
     def test_few_descriptors(self):
         for limit in (20, 64, 100):
@@ -4339,7 +4294,8 @@ class Guarantees(Process):
         folder = self.path("disk")
         self.use("disk", "q.db")
         mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", folder]
-        if not ROOT or subprocess.run(mount, stderr=subprocess.PIPE).returncode:
+        if not ROOT or not shutil.which("mount") or subprocess.run(
+                mount, stderr=subprocess.PIPE).returncode:
             self.skipTest("only root may mount a file system")
         self.addCleanup(subprocess.run, ["umount", "-l", folder])
         self.addCleanup(self.end_processes)
@@ -4907,15 +4863,18 @@ class Guarantees(Process):
     def test_04_a_job_never_runs_twice_at_once(self):
         """Though its worker is killed again and again. So that nobody's luck decides, the job
         itself stops its worker."""
-        for kind, command in (
+        for kind, command, shuts in (
                 # At its very first step, and then closes every descriptor.
-                ("just after the spawn", "kill -STOP $PPID; exec %s"),
+                ("just after the spawn", "kill -STOP $PPID; exec %s", True),
                 # What has no environment either is known by its group alone.
                 ("before the worker sleeps", "while read -r pid name state rest </proc/$PPID/stat "
-                 "&& [ $state != S ]; do :; done; kill -STOP $PPID; exec env -i %s")):
+                 "&& [ $state != S ]; do :; done; kill -STOP $PPID; exec env -i %s", True),
+                ("with descriptors of its own", "exec 3>three 4>four 5>&1 6>&1 7>&1 8>eight; "
+                 "echo x >&3; echo y >&8; kill -STOP $PPID; %s", False)):
             with self.place(kind) as meeting:
                 self.configure(backoff_base=0)
-                self.add("a", command % self.shut(meeting.here), max_retries=100)
+                self.add("a", command % (self.shut(meeting.here) if shuts else meeting.here),
+                         max_retries=100)
                 process = self.workers()
                 pid = meeting.arrived()
                 for _ in range(3):
@@ -4927,6 +4886,7 @@ class Guarantees(Process):
                 os.kill(self.infos()[0].pid, signal.SIGCONT)
                 self.finish(meeting)
                 self.stop(process)
+        self.assertEqual(read_file("three") + read_file("eight"), b"x\ny\n")
 
     def test_04_who_left_the_group_and_the_lock_is_known_by_its_environment(self):
         away, leader = self.meeting("away"), self.meeting("leader")
