@@ -237,11 +237,11 @@ class Case(unittest.TestCase):
         with Queue(self.db) as queue:
             return queue.enqueue(command, id=id, **fields)
 
-    def busy(self, command="%s", *words, count=1, **fields):
+    def busy(self, command="%s", *words, count=1, meeting=None, **fields):
         """(meeting, supervisor, pid of its shell): workers of which one runs job `a`, which has
         come to a meeting in the middle of its command."""
-        meeting = self.meeting()
-        self.add("a", command % meeting.here, **fields)
+        meeting = meeting or self.meeting()
+        self.add("a", command.replace("%s", meeting.here), **fields)
         process = self.workers(count, *words)
         return meeting, process, meeting.arrived()
 
@@ -3403,7 +3403,7 @@ class Workers(Process):
         def hostile():
             for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGQUIT):
                 signal.signal(signum, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             os.umask(0o027)
         self.add("a", "for fd in 0 1 2; do readlink /proc/$$/fd/$fd; done; ls /proc/$$/fd; "
                  "touch made; umask; grep -E '^Sig(Blk|Ign)' /proc/self/status; exit 3",
@@ -3609,9 +3609,7 @@ class Stopping(Process):
         for signum, *again in ((signal.SIGTERM,), (signal.SIGINT,),
                                (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM)):
             with self.place("signal%d" % signum) as meeting:
-                self.add("a", meeting.here)
-                process = self.workers(2)
-                pid = meeting.arrived()
+                _, process, pid = self.busy(count=2, meeting=meeting)
                 (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
                 for same in again:
                     process.send_signal(same)
@@ -3631,9 +3629,8 @@ class Stopping(Process):
     def test_a_later_second_signal_ends_the_jobs_and_puts_them_back(self):
         for first, second in ("INT", "INT"), ("HUP", "TERM"):
             with self.place(second) as meeting:
-                self.add("a", self.in_background(meeting) + meeting.here)
-                process = self.workers()
-                meeting.arrived(), meeting.arrived()
+                _, process, _ = self.busy(self.in_background(meeting) + "%s", meeting=meeting)
+                meeting.arrived()
                 process.send_signal(signal.Signals["SIG" + first])
                 self.much_later(process)
                 process.send_signal(signal.Signals["SIG" + second])
@@ -3659,9 +3656,7 @@ class Stopping(Process):
                 ("stubborn", "", 0.2, b"", signal.SIGKILL)):
             with self.place(name) as meeting:
                 self.configure(kill_grace=grace)
-                self.add("a", "trap '%s' TERM; %s" % (trap, meeting.here))
-                process = self.workers()
-                meeting.arrived()
+                _, process, _ = self.busy("trap '" + trap + "' TERM; %s", meeting=meeting)
                 self.assertEqual(self.cli("worker", "stop", "--now")[0], 0)
                 self.assertEqual((self.output("a"), self.runs("a")[0].signal), (output, signum))
                 self.put_back(meeting, process)
@@ -4068,11 +4063,9 @@ class Guarantees(Process):
         self.until_state("b", "completed")
 
     def test_04_nothing_runs_again_while_somebody_unknown_may_run_it(self):
-        meeting = self.meeting()
-        self.add("a", "cd %s; [ $QUEUECTL_ATTEMPT -gt 1 ] || { %s; }; %s" % (
-            shlex.quote(self.dir), self.BARE, meeting.here), max_retries=5)
-        process = self.workers()
-        pid, unknown = meeting.arrived(), self.bare(self.dir)
+        meeting, process, pid = self.busy(
+            "[ $QUEUECTL_ATTEMPT -gt 1 ] || { " + self.BARE + "; }; %s", max_retries=5)
+        unknown = self.bare(self.dir)
         # The worker dies while its supervisor is stopped and cannot see it.
         self.freeze(process.pid)
         for victim in (self.infos()[0].pid, pid):
@@ -4396,11 +4389,8 @@ class Guarantees(Process):
                 name = "%s, %s" % (doing, way.__name__)
                 self.use(name, "q.db")
                 meeting = self.meeting(name)
-                if doing == "long job":
-                    self.add("a", meeting.here)
-                process = self.short_jobs() if doing == "short jobs" else self.workers()
-                if doing == "long job":
-                    meeting.arrived()
+                process = self.workers() if doing == "idle" else self.short_jobs() \
+                    if doing == "short jobs" else self.busy(meeting=meeting)[1]
                 served.append((name, way, process, meeting, self.infos()[0].pid))
             for name, way, process, _, worker in served:
                 self.use(name, "q.db")
@@ -4873,10 +4863,8 @@ class Guarantees(Process):
                  "echo x >&3; echo y >&8; kill -STOP $PPID; %s", False)):
             with self.place(kind) as meeting:
                 self.configure(backoff_base=0)
-                self.add("a", command % (self.shut(meeting.here) if shuts else meeting.here),
-                         max_retries=100)
-                process = self.workers()
-                pid = meeting.arrived()
+                here = self.shut(meeting.here) if shuts else meeting.here
+                _, process, pid = self.busy(command % here, meeting=meeting, max_retries=100)
                 for _ in range(3):
                     self.assertTrue(alive(pid))
                     self.kill_worker()
@@ -4891,9 +4879,9 @@ class Guarantees(Process):
     def test_04_who_left_the_group_and_the_lock_is_known_by_its_environment(self):
         away, leader = self.meeting("away"), self.meeting("leader")
         self.configure(backoff_base=0)
-        self.add("a", "setsid %s & %s" % (self.shut(away.here), leader.here), max_retries=100)
-        self.workers()
-        pids = away.arrived(), leader.arrived()
+        _, _, pid = self.busy("setsid " + self.shut(away.here) + " & %s", meeting=leader,
+                              max_retries=100)
+        pids = away.arrived(), pid
         for widowed in (False, True, False):  # whether its leader is gone first
             worker = self.infos()[0].pid
             if widowed:
@@ -4909,11 +4897,9 @@ class Guarantees(Process):
         self.finish(leader, "a")
 
     def test_04_workers_that_a_job_starts_in_the_background_are_not_of_its_tree(self):
-        meeting = self.meeting()
-        self.add("a", "[ $QUEUECTL_ATTEMPT -gt 1 ] || %s %s worker start --detach --queue other; %s"
-                 % (PYTHON, shlex.quote(SCRIPT), meeting.here), max_retries=5)
-        self.workers(1, "--queue", "default")
-        meeting.arrived()
+        meeting, _, _ = self.busy(
+            "[ $QUEUECTL_ATTEMPT -gt 1 ] || queuectl worker start --detach --queue other; %s",
+            "--queue", "default", max_retries=5, env={"PATH": self.programs()})
         other, = [info.pid for info in self.infos() if info.queues == ["other"]]
         worker, = [info.pid for info in self.infos() if info.queues == ["default"]]
         os.kill(worker, signal.SIGKILL)
@@ -4928,10 +4914,10 @@ class Guarantees(Process):
         """Together with what it knows of the trees of dead workers."""
         for kind in ("plain", "away", "alive"):
             with self.place(kind) as meeting:
-                self.add("a", "setsid %s & wait" % self.shut(meeting.here) if kind == "away"
-                         else meeting.here, max_retries=5)
-                process = self.workers()
-                pid, worker = meeting.arrived(), self.infos()[0].pid
+                _, process, pid = self.busy("setsid " + self.shut(meeting.here) + " & wait"
+                                            if kind == "away" else "%s", meeting=meeting,
+                                            max_retries=5)
+                worker = self.infos()[0].pid
                 if kind != "alive":
                     self.freeze(worker)
                     self.freeze(process.pid)
