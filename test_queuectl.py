@@ -4383,30 +4383,24 @@ class Guarantees(Process):
 
     @linux
     def test_09_only_the_owner_feeds_the_queue(self):
-        def umask(mask):
-            os.umask(mask)
-        # Modes, whatever the umask.
+        """Whatever the umask."""
         for mask in (0, 0o777):
-            self.use("%o-q.db" % mask)
-            meeting = self.meeting("meeting%d" % mask)
-            self.assertEqual(subprocess.run(
-                [sys.executable, SCRIPT, "enqueue", "--id", "a", "--cwd", self.dir,
-                 "echo x; umask; " + meeting.here], env=self.env, stdout=subprocess.DEVNULL,
-                preexec_fn=lambda: umask(mask)).returncode, 0)
-            process = self.workers(1, preexec_fn=lambda: umask(mask))
-            meeting.arrived()
-            side = self.db + "-run"
-            paths = [self.db + end for end in ("", "-wal", "-shm")] + [
-                os.path.join(side, name) for name in os.listdir(side)]
-            self.assertEqual({path: oct(stat.S_IMODE(os.lstat(path).st_mode)) for path in paths},
-                             dict.fromkeys(paths, "0o600"))
-            self.assertEqual(stat.S_IMODE(os.lstat(side).st_mode), 0o700)
-            self.assertEqual({path.rpartition(".")[2] for path in paths[3:]},
-                             {"lock", "bell", "run0"})
-            meeting.let_go()
-            self.until_state("a", "completed")
-            self.assertEqual(self.output("a"), b"x\n%04o\n" % mask)
-            self.stop(process)
+            with self.place("umask-%o" % mask) as meeting:
+                self.assertEqual(self.cli("enqueue", "--id", "a", "umask; " + meeting.here,
+                                          preexec_fn=lambda: os.umask(mask))[0], 0)
+                process = self.workers(1, preexec_fn=lambda: os.umask(mask))
+                meeting.arrived()
+                side = self.db + "-run"
+                paths = [self.db + end for end in ("", "-wal", "-shm")] + [
+                    os.path.join(side, name) for name in os.listdir(side)]
+                self.assertEqual({path: oct(os.lstat(path).st_mode & 0o7777) for path in paths},
+                                 dict.fromkeys(paths, "0o600"))
+                self.assertEqual(stat.S_IMODE(os.lstat(side).st_mode), 0o700)
+                self.assertEqual({path.rpartition(".")[2] for path in paths[3:]},
+                                 {"lock", "bell", "run0"})
+                self.finish(meeting)
+                self.assertEqual(self.output("a"), b"%04o\n" % mask)
+                self.stop(process)
 
     def test_09_workers_refuse_what_others_may_have_written(self):
         os.mkdir(self.path("planted"))
