@@ -2734,7 +2734,7 @@ class Process(Case):
             return queuectl.main(words)
         return self.fork(run)
 
-    def as_nobody(self, *words, **who):
+    def as_user(self, *words, **who):
         """(exit code, stdout, stderr) of another user's command line."""
         paths = self.path("user.out"), self.path("user.err")
         status = os.waitpid(self.start_as(words, *paths, limit=int(PATIENCE), **who), 0)[1]
@@ -2752,7 +2752,7 @@ class Process(Case):
 
     def user_does(self, *words):
         """What a command line of that user prints."""
-        code, out, err = self.as_nobody(*words, uid=self.uid)
+        code, out, err = self.as_user(*words, uid=self.uid)
         self.assertEqual(code, 0, err)
         return out
 
@@ -4249,9 +4249,9 @@ class Guarantees(Process):
                 os.chmod(self.path(kind), folder)
                 self.addCleanup(os.chmod, self.path(kind), 0o755)
                 for words in (("enqueue", "true"), ("pause",), ("worker", "start", "--drain")):
-                    self.refused(*words, by=self.as_nobody, code=1)
+                    self.refused(*words, by=self.as_user, code=1)
                 for words in (("status",), ("list",)):  # may be refused, too
-                    code, out, err = self.as_nobody(*words)
+                    code, out, err = self.as_user(*words)
                     self.assertEqual(code, 0 if out else 1, (words, err))
                     self.assertNotIn("Traceback", err)
                 os.chmod(self.path(kind), 0o755)
@@ -4729,7 +4729,7 @@ class Guarantees(Process):
         group = 54321
 
         def member(*words):
-            return self.as_nobody(*words, group=group)
+            return self.as_user(*words, group=group)
 
         def told(*words):
             with self.subTest(words):
