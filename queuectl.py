@@ -3717,7 +3717,7 @@ class Worker:
                 try:
                     lock = self._lock.renew()
                 except OSError as error:
-                    self._complain("cannot lock a file for the next job: %s" % error)
+                    self._save("cannot lock a file for the next job: %s" % error)
             wanted = self._name if lock and self._level == RUN else None
             try:
                 # Who has nothing to store does not wait for long: it would not hear an order. Who
@@ -3747,6 +3747,12 @@ class Worker:
         if text not in self._complaints:
             self._log.warn(text)
         self._complaints.add(text)
+
+    def _save(self, text: str) -> None:
+        """Complain of a shortage, and close the pipes of ended jobs: each holds a descriptor."""
+        self._complain(text)
+        for fd in list(self._open_pipes):
+            self._drop_pipe(fd)
 
     def _recovered(self) -> None:
         if self._complaints:
@@ -3801,9 +3807,7 @@ class Worker:
                 if len(self._open_pipes) > MOST_OPEN_PIPES:
                     self._drop_pipe(next(iter(self._open_pipes)))
         elif execution.shortage:
-            self._complain("a job %s; trying again every second" % result.error)
-            for fd in list(self._open_pipes):  # each of them holds a descriptor
-                self._drop_pipe(fd)
+            self._save("a job %s; trying again every second" % result.error)
             self._back_off()
         return result
 
@@ -3873,7 +3877,7 @@ class Worker:
                 if self._queue.sync() >= WAL_LIMIT:
                     self._queue.ring(self._options.name)  # to checkpoint
             except DatabaseUnavailable as error:
-                self._complain(str(error))
+                self._save(str(error))
         tick = now >= self._next_look
         if tick:
             self._next_look = now + TICK
@@ -3905,7 +3909,7 @@ class Worker:
         except OSError as error:
             if error.errno not in SHORTAGES:
                 raise
-            self._complain("cannot look for orders: %s" % error)
+            self._save("cannot look for orders: %s" % error)
 
     def _drop_pipe(self, fd: int) -> None:
         child = self._open_pipes.pop(fd)

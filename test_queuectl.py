@@ -3187,6 +3187,36 @@ class Workers(Process):
         self.assertEqual([call[0][0].partition(":")[0] for call in worker._log.warn.call_args_list],
                          ["cannot lock a file for the next job"])
 
+    def test_who_lacks_descriptors_closes_the_pipes_of_ended_jobs(self):
+        """Whatever needs one: in a worker that goes on without, nothing else would free any."""
+        worker, none = self.worker(), OSError(errno.EMFILE, "none left")
+        queue, worker._back_off = worker._queue, lambda: None
+        queue.enqueue("true")
+        queuectl.require_safe(self.db)
+        worker._held = queuectl.hold(queue.lock_path("w"))
+        self.addCleanup(queuectl.release, queue.lock_path("w"), worker._held)
+
+        def lock():
+            with mock.patch.object(worker._lock, "renew", side_effect=[none, "w.run0"]):
+                worker._turn(None)
+
+        def sync():
+            queue.sync_at, worker._next_look = 0.0, math.inf
+            with mock.patch.object(queuectl, "flush", side_effect=none):
+                worker._sleep(0.0)
+            queue.sync()
+
+        def orders():
+            with mock.patch.object(queuectl, "is_held", side_effect=none):
+                worker._look_around()
+        for need in lock, sync, orders:
+            with self.subTest(need.__name__):
+                pipe = mock.Mock(fd=99)
+                worker._open_pipes[99] = pipe
+                need()
+                self.assertEqual(worker._open_pipes, {})
+                pipe.close_output.assert_called_once_with()
+
     def test_a_job_is_put_back_where_its_worker_lacks_something(self):
         worker = self.worker()
         queue, worker._sleep, worker._back_off = worker._queue, lambda until: [], lambda: None
