@@ -5121,7 +5121,6 @@ done
 # -- commands: what people do with a queue every day ---------------------------------------
 
 
-
 def own_terminal():
     """Between fork and exec: stdin becomes the terminal that controls this session."""
     default_signals()
@@ -5422,6 +5421,7 @@ class Wait(Everyday):
                 self.assertIn("%d completed, %d not, 0 left" % (good, not good), shown)
                 self.assertEqual("1 job has not completed" in shown, not good)
 
+
 class Why(Everyday):
     """Why a job waits: one function, and everybody who looks on is told."""
 
@@ -5700,6 +5700,7 @@ class Logs(Everyday):
             if follower is late:
                 self.assertRegex(data, self.NOTE)
 
+
 class Cancel(Everyday):
     """cancel ID ..., and dlq retry, which takes back what was cancelled"""
 
@@ -5927,6 +5928,7 @@ class Selection(Everyday):
             $ states
             dead: a1 b1; completed: c1; blocked: b2; scheduled: a3
             """)
+
 
 class Unique(Everyday):
     """enqueue --unique KEY. (When a key is free again, ModelTest knows.)"""
@@ -6571,6 +6573,7 @@ class Detach(Everyday):
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(PATIENCE), 0, read_file(process.log))
 
+
 class Via(Everyday):
     """worker start --via COMMAND"""
 
@@ -7197,8 +7200,8 @@ class Completion(Everyday):
                     self.assertEqual(set(other.split()) & set(words), set())
 
 
-@unittest.skipIf(sys.platform == "win32", "the recipes are for sh")
 # -- web ------------------------------------------------------------------------------------
+
 
 class WebCase(Everyday):
     """What tests of the page need: a `web` that serves, and requests."""
@@ -7878,6 +7881,7 @@ class Browser(WebCase):
         self.done()
 
 
+@unittest.skipIf(sys.platform == "win32", "the recipes are for sh")
 class Recipes(Everyday):
     """The README: its recipes do what they say, in an empty home, and its transcripts are right."""
 
@@ -8326,6 +8330,7 @@ class Smoke(Case):
 
 
 # All of it, by default in a few processes at a time: most tests wait for something.
+
 
 def run_all(at_once=3):
     """Run each class of tests in a process of its own; the exit code."""
