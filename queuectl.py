@@ -322,6 +322,7 @@ def backoff(attempts: int, base: float, longest: float) -> float:
         return longest
 
 
+@functools.lru_cache(maxsize=64)
 def iso(epoch: float | None) -> str | None:
     """Epoch seconds as ISO 8601 in UTC, to the millisecond."""
     if epoch is None:
