@@ -2104,6 +2104,9 @@ class Database:
             raise QueueError("%s is a folder; name a file with --db" % self.path)
         if not stat.S_ISREG(status.st_mode):
             raise QueueError("%s is not a regular file" % self.path)
+        if status.st_nlink > 1:
+            raise QueueError("%s has a second name (a hard link), and SQLite would keep a log for "
+                             "each; leave it one name only" % self.path)
         until = time.monotonic() + LOOKS
         while True:
             before = self._traces()
@@ -2266,7 +2269,7 @@ class Database:
             "attempt to write a readonly database": "make the file and its folder writable",
             "unable to open database file": "see that its folder exists and is writable",
             "database or disk is full": "nothing was stored; make room on its disk",
-            "disk I/O error": "nothing was stored; see that its disk is well",
+            "disk I/O error": "nothing was stored; see that its disk is well, and has room",
             "database is locked": "another program held it for %g seconds" % self._patience,
         }.get(text)
         return kind("%s: %s%s" % (self.path, text, "; " + advice if advice else ""))
@@ -2934,9 +2937,12 @@ class Queue(Database):
     def give_back_space(self, steps: int) -> None:
         """Shorten the file by the pages that deleted jobs have left free: by at most VACUUM_STEP
         in a transaction, in at most so many of these."""
+        before = math.inf
         for _ in range(steps):
-            if self._value("PRAGMA freelist_count") < VACUUM_STEP:
+            free = self._value("PRAGMA freelist_count")
+            if free < VACUUM_STEP or free >= before:  # who made the file may not have asked for it
                 break
+            before = free
             # execute() would stop after the first page: this is a query without columns
             self._insist(lambda: self._db.executescript(
                 "PRAGMA incremental_vacuum(%d)" % VACUUM_STEP))
@@ -5200,7 +5206,7 @@ def serve_page(database: Queue, port: int, show: Callable[[str], None],
                 self.send_error(*refusal.args)
             except KeyError as error:
                 self.send_error(400, "%s is missing" % error)
-            except (QueueError, ValueError, RecursionError) as error:
+            except (QueueError, ValueError, OverflowError, RecursionError) as error:
                 self.send_error(503 if isinstance(error, DatabaseUnavailable) else 400, str(error))
 
         do_POST = do_GET

@@ -4236,8 +4236,10 @@ class Guarantees(Process):
                 if kind == "live WAL":  # its owner goes on as if nothing had been
                     self.tell(peer)
                     self.assertEqual(self.hear(peer), "3")
+        os.link(self.path("text", "q.db"), self.path("text", "second"))
         for place, says in (("no such folder/q.db", "no such folder/q.db"),
-                            ("text/q.db/q.db", "q.db"), ("/dev/null", "regular")):
+                            ("text/q.db/q.db", "q.db"), ("/dev/null", "regular"),
+                            ("text/second", "hard link")):
             for words in (("enqueue", "true"), ("list",), ("worker", "start", "--drain")):
                 self.refused("--db", place, *words, code=1, says=says)
         self.assertFalse(os.path.exists(self.path("no such folder")))
@@ -6692,6 +6694,15 @@ class Prune(Everyday):
         self.assertEqual(tables(), [0, 0, 0])
         self.assertLess(os.stat(self.db).st_size, full / 4)
 
+    def test_a_file_that_gives_no_space_back(self):
+        """One that somebody else has made, and emptied: SQLite itself knows no way then."""
+        with contextlib.closing(sqlite3.connect(self.db)) as db, db:
+            db.execute("CREATE TABLE t (x)")
+            db.execute("INSERT INTO t VALUES (zeroblob(4000000))")
+            db.execute("DROP TABLE t")
+        self.add("a", "true")
+        self.assertEqual(self.main("prune"), (0, "", "queuectl: 0 jobs deleted\n"))
+
     def test_keep_completed(self):
         """Idle workers delete completed jobs past keep_completed, a few at a time, and no
         others; 0 keeps them for ever."""
@@ -7354,7 +7365,8 @@ class Web(WebCase):
             ("/cancel", (b"{}", b'{"id": null}', b'{"id": "nobody"}', b'{"id": [["a"]]}')),
             ("/retry", [b'{"id": "a"}']), ("/purge", [b'{"id": "a"}']),
             ("/edit", (b'{"id": "a", "unique": "b"}', b'{"id": "a", "priority": "high"}')),
-            ("/pause", (b"{}", b'{"queue": "*"}')), ("/retry-all", [b'{"queue": {}}']),
+            ("/pause", (b"{}", b'{"queue": "*"}')),
+            ("/retry-all", (b'{"queue": {}}', b'{"queue": 1%s}' % (b"0" * 30))),
             ("/limit", (b'{"queue": "q"}', b'{"queue": "q", "number": "0"}',
                         b'{"queue": null, "number": 1}'))) for body in bodies]
         for status, method, path, body, headers in rows:
