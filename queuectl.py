@@ -327,7 +327,8 @@ def iso(epoch: float | None) -> str | None:
     """Epoch seconds as ISO 8601 in UTC, to the millisecond."""
     if epoch is None:
         return None
-    moment = EPOCH + timedelta(0, epoch)  # no system's gmtime: some end in 3000
+    # No system's gmtime: some end in 3000. (A float is off by up to 15 us in the year 9999.)
+    moment = EPOCH + timedelta(0, epoch + 5e-5)
     return moment.isoformat(timespec="milliseconds") + "Z"
 
 
@@ -528,7 +529,7 @@ def parse_command(value: Any) -> str:
 
 def parse_limit(value: Any) -> int:
     """How many jobs of a queue may run at once, or 0 for `none`: any number."""
-    return 0 if value in (None, 0, "none") else parse_integer(1, 2 ** 31 - 1)(value)
+    return 0 if value in (None, "none") else parse_integer(1, 2 ** 31 - 1)(value)
 
 
 def parse_name(value: Any) -> str:
@@ -559,9 +560,11 @@ def parse_env(value: Any) -> dict[str, str]:
         for word in value:
             name, equals, text = parse_text(word).partition("=")
             if not equals:
-                if name not in os.environ:
-                    raise QueueError("%s is not set here; give it as %s=VALUE" % (name, name))
-                text = os.environ[name]
+                try:
+                    text = os.environ[name]
+                except (KeyError, ValueError):  # or the locale has no such name
+                    raise QueueError("%s is not set here; give it as %s=VALUE" % (name, name)) \
+                        from None
             pairs[name] = text
         value = pairs
     if not isinstance(value, dict):
@@ -1761,7 +1764,8 @@ COUNT_UNMET = """
     WHERE seq > :last AND after IS NOT NULL"""
 # Why a pending job waits, if it does: for others, or for its time.
 _HOLD = "CASE WHEN %s > 0 THEN 3 WHEN run_after > :now THEN 1 ELSE 0 END"
-HOLD_NEW = "UPDATE jobs SET hold = %s WHERE seq > :last AND after IS NOT NULL" % (_HOLD % "unmet")
+HOLD_NEW = "UPDATE jobs SET hold = %s WHERE seq > :last AND after IS NOT NULL AND unmet = 0" % (
+    _HOLD % "unmet")
 # A circle can only be among new jobs, and only where one of them names itself or a later one.
 NEW_NEEDS = """
     SELECT job, needs FROM deps WHERE job > :last AND needs > :last
@@ -2105,7 +2109,7 @@ class Database:
             raise QueueError("%s is a folder; name a file with --db" % self.path)
         if not stat.S_ISREG(status.st_mode):
             raise QueueError("%s is not a regular file" % self.path)
-        if status.st_nlink > 1:
+        if status.st_nlink > 1 and not self._expect:  # who is at work goes on by the name he knows
             raise QueueError("%s has a second name (a hard link), and SQLite would keep a log for "
                              "each; leave it one name only" % self.path)
         until = time.monotonic() + LOOKS
@@ -2791,7 +2795,7 @@ class Queue(Database):
             for job in jobs:
                 self._cancel(job)
         self._ring_for(jobs)
-        return self._named(ids)
+        return [self.get(job.id) for job in jobs]
 
     def cancel_all(self, queue: str | None = None) -> int:
         """Cancel every job of a queue (None: of all) that has not ended; how many. In small
@@ -3434,9 +3438,9 @@ class Execution:
                  lock: RunLock) -> None:
         self.claim = claim
         self.child: Child | None = None
-        # Whether this machine, not the command, kept it from starting: then it is put back, and
-        # tried again every TICK, for as long as that lasts.
-        self.shortage = False
+        # What kept it from starting, if that is this machine and not the command: then it is put
+        # back, and tried again every TICK, for as long as that lasts.
+        self.shortage: OSError | None = None
         self.reading = False  # whether child.fd is open and not at its end
         self._show_at = time.monotonic() + LIVE_DELAY
         self._output = Output(claim.output_limit)
@@ -3458,12 +3462,13 @@ class Execution:
         system finds too long. Whatever else it is, another worker may well start it."""
         self._timeout_at = self._started  # there is nothing to wait for
         self._error = "cannot start: %s" % error
-        self.shortage = isinstance(error, OSError) and error.errno != errno.E2BIG
-        if isinstance(error, OSError) and error.errno not in SHORTAGES \
-                and self.claim.cwd and error.filename == self.claim.cwd:
+        if not isinstance(error, OSError) or error.errno == errno.E2BIG:
+            return
+        if error.errno not in SHORTAGES and self.claim.cwd and error.filename == self.claim.cwd:
             self._error = "cannot enter its folder %s: %s; make it, or enqueue with another --cwd" \
                 % (self.claim.cwd, error.strerror)
-            self.shortage = False
+        else:
+            self.shortage = error
 
     def deadline(self) -> float:
         """When step() has to be called, whatever happens until then."""
@@ -3486,7 +3491,8 @@ class Execution:
         """Do what can be done without waiting; the Result once the run is over."""
         child, now = self.child, time.monotonic()
         if child is None:
-            return self._result("interrupted" if self.shortage else "failed", self._error)
+            return self._result("interrupted" if self.shortage is not None else "failed",
+                                self._error)
         if readable:
             self._read(child)
         if now >= self._timeout_at:
@@ -3725,7 +3731,7 @@ class Worker:
                 try:
                     lock = self._lock.renew()
                 except OSError as error:
-                    self._save("cannot lock a file for the next job: %s" % error)
+                    self._lacks("cannot lock a file for the next job: %s" % error, error)
             wanted = self._name if lock and self._level == RUN else None
             try:
                 # Who has nothing to store does not wait for long: it would not hear an order. Who
@@ -3744,7 +3750,7 @@ class Worker:
                     if self._child is not None:
                         self._child.close()
                 if wanted or self._level != RUN:
-                    if claim is None:
+                    if claim is None and wanted:
                         self._recovered()
                     return claim
             self._back_off()
@@ -3756,11 +3762,13 @@ class Worker:
             self._log.warn(text)
         self._complaints.add(text)
 
-    def _save(self, text: str) -> None:
-        """Complain of a shortage, and close the pipes of ended jobs: each holds a descriptor."""
+    def _lacks(self, text: str, error: OSError) -> None:
+        """Complain of a shortage. Where it is one of descriptors, close the pipes of ended jobs, of
+        which each holds one."""
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            for fd in list(self._open_pipes):
+                self._drop_pipe(fd)
         self._complain(text)
-        for fd in list(self._open_pipes):
-            self._drop_pipe(fd)
 
     def _recovered(self) -> None:
         if self._complaints:
@@ -3814,8 +3822,8 @@ class Worker:
                 self._open_pipes[child.fd] = child
                 if len(self._open_pipes) > MOST_OPEN_PIPES:
                     self._drop_pipe(next(iter(self._open_pipes)))
-        elif execution.shortage:
-            self._save("a job %s; trying again every second" % result.error)
+        elif execution.shortage is not None:
+            self._lacks("a job %s; trying again every second" % result.error, execution.shortage)
             self._back_off()
         return result
 
@@ -3885,7 +3893,7 @@ class Worker:
                 if self._queue.sync() >= WAL_LIMIT:
                     self._queue.ring(self._options.name)  # to checkpoint
             except DatabaseUnavailable as error:
-                self._save(str(error))
+                self._complain(str(error))
         tick = now >= self._next_look
         if tick:
             self._next_look = now + TICK
@@ -3917,7 +3925,7 @@ class Worker:
         except OSError as error:
             if error.errno not in SHORTAGES:
                 raise
-            self._save("cannot look for orders: %s" % error)
+            self._lacks("cannot look for orders: %s" % error, error)
 
     def _drop_pipe(self, fd: int) -> None:
         child = self._open_pipes.pop(fd)
@@ -4205,20 +4213,25 @@ def visible_workers(queue: Queue) -> list[WorkerInfo] | None:
         return None
 
 
-def obstacles(name: str, paused: Sequence[str], workers: Sequence[WorkerInfo] | None) -> list[str]:
-    """What keeps the ready jobs of a queue from running until somebody does something about it,
-    and what. Nothing is said of `workers` that are None."""
-    found = []
+def obstacles(names: Sequence[str], paused: Sequence[str],
+              workers: Sequence[WorkerInfo] | None) -> Iterator[tuple[str, Sequence[str]]]:
+    """What keeps the ready jobs of these queues from running until somebody does something about
+    it, and what; each with the queues that it concerns. Nothing is said of `workers` that are
+    None."""
+    if not names:
+        return
     if EVERY_QUEUE in paused:
-        found.append("all queues are paused (to go on: %s)" % hint("resume"))
-    elif name in paused:
-        found.append("the queue %s is paused (to go on: %s)" % (name, hint("resume " + name)))
+        yield "all queues are paused (to go on: %s)" % hint("resume"), names
+        paused = ()
+    for name in sorted(set(names).intersection(paused)):
+        yield "the queue %s is paused (to go on: %s)" % (name, hint("resume " + name)), [name]
+    unserved = [name for name in names if not any(serves(info, name) for info in workers or ())]
     if workers is not None and not workers:
-        found.append("no worker runs (start one: %s)" % hint("worker start"))
-    elif workers and not any(serves(info, name) for info in workers):
-        found.append("no worker serves the queue %s (start one: %s)"
-                     % (name, hint("worker start --queue " + name)))
-    return found
+        yield "no worker runs (start one: %s)" % hint("worker start"), names
+    elif workers and unserved:
+        yield "no worker serves the queue%s %s%s (start one: %s)" % (
+            "s" * (len(unserved) > 1), ", ".join(unserved[:3]), ", ..." * (len(unserved) > 3),
+            hint("worker start" + (" --queue " + unserved[0]) * (len(unserved) == 1))), unserved
 
 
 def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
@@ -4236,7 +4249,7 @@ def why_waiting(queue: Queue, job: Job, served: bool = False) -> list[str]:
         found.append("%s due at %s (in %s)" % (
             "its retry is" if job.view == "failed" else "it is", local_time(job.run_after),
             format_age(job.run_after - now)))
-    found += obstacles(job.queue, queue.paused(), workers)
+    found += [text for text, _ in obstacles([job.queue], queue.paused(), workers)]
     if job.view != "pending":
         return found
     running, limit = queue.running_in(job.queue), queue.limits().get(job.queue, math.inf)
@@ -4291,12 +4304,10 @@ def status_warning(status: Mapping[str, Any]) -> str | None:
     if jobs["pending"] and jobs["pending"] == jobs["blocked"] and not jobs["processing"]:
         return "what the blocked jobs wait for has ended badly; see: " \
             + hint("list --state blocked")
-    waiting: dict[str, int] = {}  # how many jobs, by what keeps them from running
-    for name, row in sorted(status["queues"].items()):
-        if row["pending"] and (name not in paused or EVERY_QUEUE in paused):
-            for reason in obstacles(name, paused, workers):
-                waiting[reason] = waiting.get(reason, 0) + row["pending"]
-    for reason, count in waiting.items():
+    waiting = [name for name, row in sorted(status["queues"].items())
+               if row["pending"] and (name not in paused or EVERY_QUEUE in paused)]
+    for reason, names in obstacles(waiting, paused, workers):
+        count = sum(status["queues"][name]["pending"] for name in names)
         return "%s: %s" % (counted(count, "job waits", "jobs wait"), reason)
     return None
 
@@ -5578,16 +5589,14 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             job = queue.get(id)
             if queue.stuck(job):
                 say_why(queue, [job])
-        say_obstacles(queue, queues[:3])
+        say_obstacles(queue, queues)
     if skipped:
         say("%s skipped, which had ended already: %s" % (
             counted(len(skipped), "job"), " ".join(skipped[:5])))
 
 
-def say_obstacles(queue: Queue, names: Iterable[str], told: Sequence[str] = ()) -> None:
-    paused, workers = queue.paused(), visible_workers(queue)
-    texts = [text for name in names for text in obstacles(name, paused, workers)]
-    for text in dict.fromkeys(texts):
+def say_obstacles(queue: Queue, names: Sequence[str], told: Sequence[str] = ()) -> None:
+    for text, _ in obstacles(names, queue.paused(), visible_workers(queue)):
         if text not in told:
             say(text)
 
@@ -5943,7 +5952,7 @@ def cmd_limit(queue: Queue, args: argparse.Namespace) -> None:
     if args.number is None:
         print(queue.limits().get(args.queue, "none"))
     else:
-        queue.limit(args.queue, args.number)
+        queue.limit(args.queue, args.number or None)
 
 
 @command("metrics", "numbers for Prometheus", "queuectl.py metrics > queuectl.prom")

@@ -725,7 +725,8 @@ class Model(Case):
         self.zone("WEST+8")
         for epoch in (0, 1, 1767268800.5, 951782400.125, queuectl.MAX_EPOCH):
             self.assertEqual(queuectl.from_iso(queuectl.iso(epoch)), epoch)
-        for second in ("2026-01-01T12:00:00", "2038-09-02T10:30:44"):
+        for second in ("2026-01-01T12:00:00", "2038-09-02T10:30:44", "2300-01-31T23:59:18",
+                       "9999-12-31T23:59:58"):
             for millis in range(1000):
                 text = "%s.%03dZ" % (second, millis)
                 self.assertEqual(queuectl.iso(queuectl.from_iso(text)), text)
@@ -3184,8 +3185,15 @@ class Workers(Process):
         self.assertIs(worker._turn(result), claim)
         self.assertEqual([call[0] for call in turn.call_args_list], [
             (result, None, ""), (None, None, ""), (None, "w", "w.run0")])
-        self.assertEqual([call[0][0].partition(":")[0] for call in worker._log.warn.call_args_list],
-                         ["cannot lock a file for the next job"])
+        # When there is nothing to start, all is well again: not where it has not been tried.
+        turn.side_effect = [(mock.Mock(), None)] * 2
+        renew.side_effect = ["w.run1"]
+        for worker._level, said in (queuectl.DRAIN, []), (queuectl.RUN, ["that works again"]):
+            worker._turn(result)
+            self.assertEqual(
+                [call[0][0].partition(":")[0] for call in worker._log.warn.call_args_list],
+                ["cannot lock a file for the next job"] + said)
+        self.assertEqual(worker._complaints, set())
 
     def test_who_lacks_descriptors_closes_the_pipes_of_ended_jobs(self):
         """Whatever needs one: in a worker that goes on without, nothing else would free any."""
@@ -3200,22 +3208,26 @@ class Workers(Process):
             with mock.patch.object(worker._lock, "renew", side_effect=[none, "w.run0"]):
                 worker._turn(None)
 
-        def sync():
+        def sync():  # fails, but not for that
             queue.sync_at, worker._next_look = 0.0, math.inf
-            with mock.patch.object(queuectl, "flush", side_effect=none):
+            with mock.patch.object(queuectl, "flush", side_effect=OSError(errno.EIO, "no")):
                 worker._sleep(0.0)
             queue.sync()
+
+        def full():
+            with mock.patch.object(worker._lock, "renew", side_effect=[
+                    OSError(errno.ENOSPC, "no room"), "w.run0"]):
+                worker._turn(None)
 
         def orders():
             with mock.patch.object(queuectl, "is_held", side_effect=none):
                 worker._look_around()
-        for need in lock, sync, orders:
+        for need, closed in (lock, 1), (orders, 1), (sync, 0), (full, 0):
             with self.subTest(need.__name__):
-                pipe = mock.Mock(fd=99)
-                worker._open_pipes[99] = pipe
+                pipe = worker._open_pipes[99] = mock.Mock(fd=99)
                 need()
-                self.assertEqual(worker._open_pipes, {})
-                pipe.close_output.assert_called_once_with()
+                self.assertEqual((len(worker._open_pipes), pipe.close_output.call_count),
+                                 (1 - closed, closed))
 
     def test_a_job_is_put_back_where_its_worker_lacks_something(self):
         worker = self.worker()
@@ -3647,6 +3659,7 @@ class Stopping(Process):
         meeting, process, pid = self.busy(count=2)
         worker, = [info.pid for info in self.infos() if info.job]
         with constants(self, PATIENCE=0.0):
+            self.assertEqual(self.cli("worker", "stop", "--timeout", "0")[0], 124)
             code, out, err = self.cli("worker", "stop", "--timeout", "0.1")
         self.assertEqual((code, out, err.count("waiting")), (124, "", 1))
         self.assertRegex(err, r"waiting for .*job a \(pid %d\), .*its supervisor \(pid %d\); not "
@@ -4236,10 +4249,13 @@ class Guarantees(Process):
                 if kind == "live WAL":  # its owner goes on as if nothing had been
                     self.tell(peer)
                     self.assertEqual(self.hear(peer), "3")
-        os.link(self.path("text", "q.db"), self.path("text", "second"))
+        self.use("linked", "q.db")
+        queue = self.queue()
+        os.link(self.db, self.path("linked", "second"))
+        Queue(self.db, expect=queue.identity).close()  # as workers do: they go on by its old name
         for place, says in (("no such folder/q.db", "no such folder/q.db"),
                             ("text/q.db/q.db", "q.db"), ("/dev/null", "regular"),
-                            ("text/second", "hard link")):
+                            ("linked/second", "hard link"), ("linked/q.db", "hard link")):
             for words in (("enqueue", "true"), ("list",), ("worker", "start", "--drain")):
                 self.refused("--db", place, *words, code=1, says=says)
         self.assertFalse(os.path.exists(self.path("no such folder")))
@@ -5512,8 +5528,13 @@ class Why(Everyday):
             workers   2 workers, 0 busy
             ...
             ! queuectl: 2 jobs wait: no worker serves the queue mail (start one: ... --queue mail)
-            $ queuectl cancel --queue mail
-            ! queuectl: 2 jobs cancelled
+            $ queuectl enqueue --queue paper true
+            ...
+            $ queuectl status
+            ...
+            ! queuectl: 3 jobs wait: no worker serves the queues mail, paper (... worker start)
+            $ queuectl cancel --all
+            ! queuectl: 3 jobs cancelled
             # When one runs all is well.
             $ queuectl enqueue --delay 1h true
             ...
@@ -7368,6 +7389,7 @@ class Web(WebCase):
             ("/pause", (b"{}", b'{"queue": "*"}')),
             ("/retry-all", (b'{"queue": {}}', b'{"queue": 1%s}' % (b"0" * 30))),
             ("/limit", (b'{"queue": "q"}', b'{"queue": "q", "number": "0"}',
+                        b'{"queue": "q", "number": 0}', b'{"queue": "q", "number": false}',
                         b'{"queue": null, "number": 1}'))) for body in bodies]
         for status, method, path, body, headers in rows:
             with self.subTest(method + " " + path[:40], body=body and body[:40], **headers if

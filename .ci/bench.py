@@ -78,9 +78,9 @@ class Sizes(NamedTuple):
     writer_pairs: int = 3
 
 
-QUICK = Sizes(timed=500, pairs=3, against_pairs=5, rate_pairs=1, peer_jobs=100, calls=5, bulk=20000, big=50000,
-              listed=20000, starts=25, enqueues=200, idle_seconds=3, writer_seconds=1.5,
-              writer_pairs=1)
+QUICK = Sizes(timed=500, pairs=3, against_pairs=5, rate_pairs=1, peer_jobs=100, calls=5,
+              bulk=20000, big=50000, listed=20000, starts=25, enqueues=200, idle_seconds=3,
+              writer_seconds=1.5, writer_pairs=1)
 
 
 # -- rows of the table --------------------------------------------------------------------
@@ -876,9 +876,9 @@ def writer_main(kind: str, program: str, db: str, begin: str, end: str) -> None:
 # -- main ---------------------------------------------------------------------------------
 
 MEASURES: Dict[str, Callable[[Lab], Iterator[Row]]] = {
-    "drain": drain, "against": against, "bulk": bulk, "ready": ready, "mixed": mixed, "scaling": scaling,
-    "enqueue": enqueue, "start": start, "busy": busy, "writers": writers, "idle": idle,
-    "big-looks": big_looks, "page": page,
+    "drain": drain, "against": against, "bulk": bulk, "ready": ready, "mixed": mixed,
+    "scaling": scaling, "enqueue": enqueue, "start": start, "busy": busy, "writers": writers,
+    "idle": idle, "big-looks": big_looks, "page": page,
 }
 
 
