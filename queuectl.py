@@ -28,7 +28,7 @@ What it promises, and by what means:
     its environment.
   - A worker waits for what happens in one place, where its job's end and output,
     signals, orders and wake-ups all arrive. An order is the size of a lock file; a wake-up is a
-    hint, and whatever a lost one should have told is found within a second.
+    hint, and what a lost one should have told is found by a worker within a second.
 
 Exit codes: 0 done; 1 refused or failed; 2 usage; 124 `--timeout` ran out; 130 interrupted.
 
@@ -102,7 +102,6 @@ SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSP
 STATES = ("pending", "processing", "completed", "dead", "cancelled")
 VIEWS = ("failed", "scheduled", "blocked")  # of pending; nothing stores them
 ENDED = ("completed", "dead", "cancelled")
-OUTCOMES = ("completed", "failed", "timeout", "cancelled", "interrupted", "lost")
 
 # Why a job is not handed out (column `hold`). The indexes of jobs are told apart by this number:
 # the words of `state` would cost each insert another 0.8 us.
@@ -737,12 +736,14 @@ def next_state(outcome: str, attempts: int, max_retries: int, cancel: bool, now:
 #   Child                           one spawned command, its pipe and its process group
 #   Bell  ring  Waiter  stalled     sleeping in one place, and waking who sleeps there
 #   allow_escapes                   what a terminal needs to show colours
-#   reset_signals  close_inherited  reap_orphans      what a process owes its children
+#   open_descriptors  close_inherited  reset_signals  reap_orphans
+#                                   what a process owes its children
 
-RUN_VARIABLE = "QUEUECTL_RUN"  # in a job's environment: <id of the database>/<run>
+RUN_VARIABLE = "QUEUECTL_RUN"  # in a job's environment: <id of the database file>/<run>
 FORK = sys.platform == "linux"  # elsewhere forking a threaded libsystem is not safe
 TICK = 1.0  # seconds after which a sleeper looks around unasked
 LOG_LIMIT = 1024 ** 2  # bytes of a log file before it is moved to NAME.1
+CHUNK = 65536  # bytes read from a job's pipe at once
 
 
 def same_file(fd: int, path: str) -> bool:
@@ -797,7 +798,8 @@ def hold(path: str, patience: float = math.inf) -> int:
 
 def open_log(path: str) -> int:
     """Open a log to add to it, once it has made room for a new one. What is no regular file
-    (/dev/null, a FIFO) is not moved. OSError."""
+    (/dev/null, a FIFO) is not moved. Of two who make room at once the later one may move the new
+    file over the old one. OSError."""
     fd = create_file(path, os.O_APPEND)
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode) and status.st_size >= LOG_LIMIT and same_file(fd, path):
@@ -912,7 +914,7 @@ if sys.platform == "win32":
             if ctypes.get_last_error():  # ERROR_ALREADY_EXISTS
                 raise FileExistsError(errno.EEXIST, "its job object exists", env[RUN_VARIABLE])
             self._limit(0x2000)  # KILL_ON_JOB_CLOSE
-            pipe, end = _winapi.CreatePipe(None, 4 * 65536)
+            pipe, end = _winapi.CreatePipe(None, 4 * CHUNK)
             self.fd, shell = Handle(pipe), os.environ.get("COMSPEC", "cmd.exe")
             self.survivors, self.close_output = functools.partial(members, self._job), self.fd.Close
             with open(msvcrt.open_osfhandle(end, 0), "wb") as output:
@@ -936,7 +938,7 @@ if sys.platform == "win32":
 
         def read(self) -> bytes | None:
             there = waiting(self.fd)
-            return _winapi.ReadFile(self.fd, 65536)[0] if there > 0 else b"" if there else None
+            return _winapi.ReadFile(self.fd, CHUNK)[0] if there > 0 else b"" if there else None
 
         def poll(self) -> bool | None:
             return None if self._process.poll() is None else self._process.returncode == 0
@@ -1009,7 +1011,7 @@ else:
     import select
 
     # Where a job's tree inherits its lock: scripts use 3 to 9 themselves. (The limit may be low.)
-    LOCK_FD = min(100, os.sysconf("SC_OPEN_MAX") - 1)
+    LOCK_FD = min(100, os.sysconf("SC_OPEN_MAX") % 2 ** 31 - 1)  # -1: no limit
     SIGNALS = frozenset(map(int, signal.valid_signals())) - {signal.SIGKILL, signal.SIGSTOP}
 
     def default_folder() -> str | None:
@@ -1132,10 +1134,11 @@ else:
         """The flock that the process tree of each run of one worker inherits. Its file also
         records the leader of the run's process group, for rescuers (end_tree).
 
-        A worker locks the file of its next run before it settles the last one, for both are one
-        transaction. So two files take turns: that of the last run stays as it is, should this
-        worker die before the commit, and the other one's run was settled one turn ago. Where
-        somebody whom it left in the background still holds that, a new file takes its place."""
+        A worker locks the file of its next run before it settles the last one, for a settle and
+        the next claim are one transaction. So two files take turns: that of the last run stays as
+        it is, should this worker die before the commit, and the other one's run was settled one
+        turn ago. Where somebody whom it left in the background still holds that, a new file takes
+        its place."""
 
         def __init__(self, prefix: str) -> None:
             self._paths = [prefix + ".run0", prefix + ".run1"]  # the next one first
@@ -1184,7 +1187,8 @@ else:
     #
     #   A stranger is killed.  A number proves nothing by itself: it may have been given to somebody
     #       else since. So the group counts only if its leader was started when the record says,
-    #       or if one of its members is proven otherwise.
+    #       or if one of its members is proven otherwise. And a copy of the database is another
+    #       file, whose runs have other names.
     #   A member is missed.  The list is read while processes fork and begin other programs, which
     #       have no environment for an instant: Rescuer believes in an empty tree when it was
     #       empty twice. Who has another user's environment is known by lock and group only.
@@ -1365,7 +1369,7 @@ else:
         def read(self) -> bytes | None:
             """Output that is there now: None if there is none, b"" at its end."""
             try:
-                return os.read(self.fd, 65536)
+                return os.read(self.fd, CHUNK)
             except BlockingIOError:
                 return None
 
@@ -1410,7 +1414,7 @@ else:
             os.close(self.fd)
 
         def close(self) -> None:
-            """Let go of it, whether it has been reaped or not."""
+            """Let go of it. (One that goes on, and is not ours to end, will be our zombie.)"""
             if self._status is None:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(self.pid, os.WNOHANG)
@@ -1555,7 +1559,9 @@ else:
 
     def stalled(fd: int, timeout: float) -> bool:
         """Whether nothing could be written for `timeout` seconds."""
-        return not select.select((), (fd,), (), timeout)[1]
+        waiter = select.poll()  # select() knows no number above 1023
+        waiter.register(fd, select.POLLOUT)
+        return not waiter.poll(1000 * timeout)
 
 
 # -- schema -------------------------------------------------------------------------------
@@ -1876,10 +1882,11 @@ ADD_OUTPUT = """
     WHERE EXISTS (SELECT 1 FROM runs WHERE run = :run AND outcome IS NULL)"""
 # A piece that reaches beyond the gap stays, whole: no more than LIVE_MOST too much.
 CUT_OUTPUT = """
-    DELETE FROM output WHERE run = :run AND start >= :first AND start + length(data) <= :last"""
+    DELETE FROM output WHERE run = :run AND start >= :first AND start < :last
+        AND start + length(data) <= :last"""
 READ_OUTPUT = """
     SELECT start, data FROM output
-    WHERE run = :run AND (start + length(data) > :seen OR start > :seen) ORDER BY start"""
+    WHERE run = :run AND start + length(data) > :seen ORDER BY start"""
 _ADD_UP = """
     ON CONFLICT (minute, queue, outcome)
     DO UPDATE SET runs = runs + excluded.runs, seconds = seconds + excluded.seconds"""
@@ -1938,6 +1945,7 @@ _PRUNABLE = """state IN (%s) AND updated_at <= :before
 FIND_PRUNABLE = "SELECT seq, " + _PRUNABLE + """ AS prunable
     FROM jobs WHERE seq > :last ORDER BY seq LIMIT :batch"""
 STILL_PRUNABLE = "SELECT 1 FROM jobs WHERE seq = :seq AND " + _PRUNABLE
+NEEDS = "SELECT needs FROM deps WHERE job = :seq"
 DELETE_JOB = (
     "DELETE FROM deps WHERE job = :seq", "DELETE FROM deps WHERE needs = :seq",
     "DELETE FROM output WHERE run IN (%s)" % RUNS_OF_JOB,
@@ -1952,6 +1960,11 @@ NOT_WAITED_FOR = (
 WAITED_FOR = """
     SELECT count(*) FROM (%s) WHERE +seq <= :last AND seq NOT IN (SELECT seq FROM temp.ended)
         AND seq NOT IN (SELECT seq FROM jobs WHERE id = :but)"""
+# Whether one of the blocked jobs waits for another that is not: that has been retried, say.
+CAN_STILL_RUN = """
+    SELECT 1 FROM jobs JOIN deps ON job = jobs.seq JOIN jobs AS need ON need.seq = needs
+    WHERE jobs.hold > 0 AND jobs.hold = 3 AND jobs.seq <= :last
+        AND need.hold NOT IN (3, -2) LIMIT 1"""
 
 COUNT_JOBS = """
     SELECT 'pending' AS state, 0 AS hold, queue, count(*) AS jobs
@@ -2053,7 +2066,7 @@ class Database:
         self._checked = 0  # st_mtime_ns of the file when its id was last read
         self._patience = BUSY_BUDGET
         try:
-            self._created = self._inspect()
+            self._file = self._inspect()
             self._db = sqlite3.connect(
                 _uri(self.path) + "?mode=rw", uri=True, timeout=0, isolation_level=None)
             _connections.add(id(self))
@@ -2311,7 +2324,7 @@ class Database:
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[None]:
-        """All that is read in here is of one moment."""
+        """All that is read in here is of one moment. (What is written is in temporary tables.)"""
         self._execute("BEGIN")
         try:
             yield
@@ -2333,9 +2346,15 @@ class Database:
     # syncs nothing, and sync the -wal file themselves, outside of the writer lock. A crash before
     # that loses the last commits, never one in their midst: a frame counts only with all before it.
     # What was settled then runs again, which `processing` in the older state allows for. (Of a
-    # claim that is lost the number is given again: nobody is left who has it.) A checkpoint must
-    # not bring commits into the database that the -wal file may still lose: SQLite syncs that
-    # first. It has no lock on the -wal file, so that sync() may open and close it.
+    # claim that is lost the number is given again: nobody is left who has it.) So what others read
+    # of a worker's commits may be up to SYNC_DELAY younger than what is on disk. Where an fsync
+    # fails, the next one may succeed without having written what the first one lost (Linux tells
+    # of an error once): then, too, only a crash loses anything.
+    #
+    # A checkpoint must not bring commits into the database that the -wal file may still lose:
+    # SQLite syncs that first. It has no lock on the -wal file, so that sync() may open and close
+    # it. The supervisor checkpoints at WAL_LIMIT, of which the worker whose sync() has seen it
+    # tells it; a client after its own commit at four times as much, where no supervisor does.
 
     def sync(self) -> int:
         """Bring this connection's commits to the disk; the size of the -wal file. QueueError."""
@@ -2390,7 +2409,7 @@ class Database:
             status = os.stat(self.path)
         except FileNotFoundError:
             raise self._gone() from None
-        if (status.st_dev, status.st_ino) != self._created or not status.st_size:
+        if (status.st_dev, status.st_ino) != self._file or not status.st_size:
             raise self._gone()
         if status.st_mtime_ns == self._checked:
             return
@@ -2404,6 +2423,11 @@ class Database:
         if found and found[0] != self.identity:
             raise self._gone()
         self._checked = status.st_mtime_ns
+
+    def file_identity(self) -> str:
+        """What no other file has: a copy of this one has its `identity`, and goes on with the same
+        numbers."""
+        return "%s-%x" % (self.identity, self._file[1])
 
     def _gone(self) -> QueueError:
         return QueueError("%s has been deleted or replaced; stopping" % self.path)
@@ -2503,8 +2527,8 @@ class Queue(Database):
         queues that have got jobs.
 
         The writer lock is not held while `jobs` is consumed, which may take its time: until
-        then they stand in a temporary table. Where `jobs` or `show` enqueue something themselves,
-        that has tables of its own."""
+        then they stand in a temporary table. (A `delay` counts from when that began.) Where `jobs`
+        or `show` enqueue something themselves, that has tables of its own."""
         if self._receiving:
             with Queue(self.path, expect=self.identity) as other:
                 return other.enqueue_from(jobs, show, note)
@@ -2570,6 +2594,8 @@ class Queue(Database):
                 return
             except sqlite3.IntegrityError:  # only of an id; the statement has undone itself
                 taken = self._rows(IDS_TAKEN)
+            if not taken:
+                raise self._damaged()
             drawn = [(new_id(), row["number"]) for row in taken if not row["chosen"]]
             if not drawn:  # all were chosen: to blame is who is stored, or the later of two
                 seen: set[str] = set()
@@ -2777,9 +2803,10 @@ class Queue(Database):
             pending, processing, blocked, dead, cancelled = (
                 self._value(WAITED_FOR % MEMBERS[state], {"last": last, "but": but or ""})
                 for state in ("pending", "processing", "blocked", "dead", "cancelled"))
-        left = pending + processing
-        # Something that is not blocked is behind every job that can still run.
-        return left, blocked if left == blocked else 0, dead + cancelled
+            left = pending + processing
+            # Something that is not blocked is behind every job that can still run.
+            stuck = left == blocked > 0 and not self._value(CAN_STILL_RUN, {"last": last})
+        return left, blocked if stuck else 0, dead + cancelled
 
     # Jobs are changed by people.
 
@@ -2925,19 +2952,24 @@ class Queue(Database):
                    queue: str | None = None) -> tuple[int, int]:
         """One step of a prune: finds who can go among the PRUNE_BATCH jobs after seq `last`, and
         holds up nobody meanwhile. What was found may be retried by now, or another job wait for
-        it: the look that decides is the one under the writer lock, at each of them. Returns
-        the seq that it reached (0: the end), how many it deleted."""
+        it: the look that decides is the one under the writer lock, at each of them, and then at
+        those that it needed, for which nobody may wait any more. Returns the seq that it reached
+        (0: the end), how many it deleted."""
         words = ", ".join("'%s'" % state for state in ENDED if state in states)
         values: dict[str, Any] = {"before": iso(before), "last": last, "queue": queue,
                                   "batch": PRUNE_BATCH}
         rows = self._rows(FIND_PRUNABLE % words, values)
-        seqs = [{"seq": row["seq"]} for row in rows if row["prunable"]]
-        if seqs:
+        found, count = [row["seq"] for row in rows if row["prunable"]], 0
+        while found:
             with self._transaction():
-                seqs = [seq for seq in seqs if self._value(STILL_PRUNABLE % words,
-                                                           dict(values, **seq))]
+                seqs = found[-PRUNE_BATCH:]
+                del found[-PRUNE_BATCH:]
+                seqs = [{"seq": seq} for seq in dict.fromkeys(seqs) if self._value(
+                    STILL_PRUNABLE % words, dict(values, seq=seq))]
+                found += [row["needs"] for seq in seqs for row in self._rows(NEEDS, seq)]
                 self._delete(seqs)
-        return rows[-1]["seq"] if len(rows) == PRUNE_BATCH else 0, len(seqs)
+            count += len(seqs)
+        return rows[-1]["seq"] if len(rows) == PRUNE_BATCH else 0, count
 
     def give_back_space(self, steps: int) -> None:
         """Shorten the file by the pages that deleted jobs have left free: by at most VACUUM_STEP
@@ -3376,14 +3408,14 @@ class Rescuer:
 
 def run_name(queue: Queue, run: int) -> str:
     """By what the processes of a run are known, in RUN_VARIABLE."""
-    return "%s/%d" % (queue.identity, run)
+    return "%s/%d" % (queue.file_identity(), run)
 
 
 # -- runner -------------------------------------------------------------------------------
 
 LIVE_DELAY = 0.1  # seconds between two looks at what a run has printed, for others to follow
 LIVE_MOST = 1024 ** 2  # bytes that are shown of it at a time
-CHUNK = 65536  # bytes read from a job's pipe at once; a pipe holds no more
+PIPE_MOST = 1024 ** 2  # bytes that a pipe may hold; by default a CHUNK
 
 
 class Output:
@@ -3421,8 +3453,10 @@ class Output:
         """What is kept beyond the first `seen` bytes, and is not too much: who follows may miss
         some of what is kept in the end."""
         seen = max(seen, self.total - LIVE_MOST)
-        return [(max(start, seen), data[max(0, seen - start):])
-                for start, data in self.kept() if start + len(data) > seen]
+        late = max(seen, self.total - min(len(self._tail), self._last))
+        pieces = ((seen, bytes(self._head[seen:])),
+                  (late, bytes(self._tail[late - self.total:] if late < self.total else b"")))
+        return [piece for piece in pieces if piece[1]]
 
     def end(self, size: int) -> bytes:
         """The last bytes, at most so many."""
@@ -3499,7 +3533,7 @@ class Execution:
             self.end("timeout")
         succeeded = child.poll() if self._exit is None else None
         if succeeded is not None:
-            self._read(child)  # what it wrote before it ended
+            self._read(child, PIPE_MOST // CHUNK + 1)  # all that it wrote before it ended
             if self._outcome is None and not succeeded:
                 self._escalate(child, "failed")  # what is left of its group; it is a zombie
             self._exit = child.reap()
@@ -3529,8 +3563,8 @@ class Execution:
                 "can end it" % left[0]
         return self._result(self._outcome, error)
 
-    def _read(self, child: Child) -> None:
-        for _ in range(4 if self.reading else 0):  # then it is others' turn, however much it prints
+    def _read(self, child: Child, most: int = 4) -> None:
+        for _ in range(most if self.reading else 0):  # then it is others' turn, whatever it prints
             data = child.read()
             if data is None:
                 break
@@ -3543,8 +3577,10 @@ class Execution:
 
     def show_output(self, add: Callable[[int, list[tuple[int, bytes]], tuple[int, int]], None]) \
             -> None:
-        """Let others follow the output of a run that takes its time: `add` stores it. (Where it
-        cannot, what has come is stored the next time.)"""
+        """Let others follow the output of a run that takes its time: `add` stores it. Where it
+        cannot, what has come is stored the next time: no two pieces begin at one place, for
+        `_shown` rises only once they are stored. A run that is taken back keeps its pieces: the
+        head, the tail, and at most one more across each end of the gap."""
         if self._shown < self._output.total and time.monotonic() >= self._show_at:
             self._show_at = time.monotonic() + LIVE_DELAY
             add(self.claim.run, self._output.fresh(self._shown), self._output.missing())
@@ -3575,21 +3611,25 @@ class Execution:
 #   Alive   is who holds the kernel's lock on `<database>-run/NAME.lock`. The kernel drops it
 #           with the process, however that ends.
 #   Rescue  When the lock of a job's worker is free, anybody may take the job back: the
-#           supervisor at once when its child dies, `worker start` first of all, each
-#           worker every second. The rescuer ends what is left of the process tree, then
-#           settles the run as `lost`. If two rescue, the fence of settle lets one win.
+#           supervisor at once when its child dies, `worker start` first of all, each worker
+#           every second while any run goes on, `cancel` and `worker stop` when they are done.
+#           The rescuer ends what is left of the process tree, then settles the run as `lost`.
+#           If two rescue, the fence of settle lets one win.
 #   Orders  are levels that only rise: RUN, DRAIN (finish the job, then exit), NOW (end the
 #           job, put it back). They stand in the lock files, as their sizes: a worker follows
-#           its own and its supervisor's, whose free lock means DRAIN. Only the supervisor
+#           its own and its supervisor's, whose free lock means DRAIN. It reads them when its bell
+#           rings and once a TICK; a supervisor reads its own whenever it wakes. A stop of all is
+#           written into every lock file, that of one worker into its own. Only the supervisor
 #           judges signals (a worker takes SIGTERM for DRAIN), because one Ctrl-C reaches every
 #           process of the terminal, and a closed window sends two SIGHUPs.
-#   Bells   are hints: somebody has written something that concerns you. Whatever a lost one
-#           should have told a worker is found within TICK, by one clock for each process.
+#   Bells   are hints: somebody has written something that concerns you. What a lost one should
+#           have told a worker is found within TICK, by one clock for each process.
 #
-# A process sleeps in one place, Worker._sleep or Supervisor._wait. What it owes to others is done
-# there, once a TICK, whether it is idle or its jobs follow one another at once.
+# A process sleeps in one place, Worker._sleep or Supervisor._wait. What a worker owes to others is
+# done there, once a TICK, whether it is idle or its jobs follow one another at once. It is deaf
+# only while it waits for a busy database with a result in hand, or for who reads its log.
 
-SUPERVISION = 5 * TICK  # longest sleep of a supervisor, whose workers hear its orders sooner
+SUPERVISION = 5 * TICK  # longest sleep of a supervisor; its workers do not wait for it: see Orders
 HOUSEKEEPING = 60.0  # seconds of rest once all completed jobs were looked at, for keep_completed
 SECOND_SIGNAL = 0.3  # seconds after the first signal from which on one means: now
 LONGEST_PAUSE = 5.0  # seconds before a worker that keeps dying is replaced again
@@ -3650,7 +3690,7 @@ class Worker:
         self._next_look = 0.0  # when it looks around, whatever happens: once a TICK
         self._rung = False  # whether something may have changed since _work or _attend looked
         self._clock = 0.0
-        self._complaints: set[str] = set()
+        self._complaints: dict[str, str] = {}  # what was said, and what has to work again
 
     def main(self) -> int:
         """Work until told to stop; the exit code of the process."""
@@ -3715,10 +3755,15 @@ class Worker:
                 result = self._run(claim)
                 continue
             result = None
-            if self._level != RUN or (self._options.drain
-                                      and not self._queue.work_left(self._options.name)):
+            if self._level != RUN or self._options.drain and self._is_drained():
                 return
             self._idle()
+
+    def _is_drained(self) -> bool:
+        try:
+            return not self._queue.work_left(self._options.name)
+        except DatabaseUnavailable:  # it is asked again
+            return False
 
     def _turn(self, result: Result | None) -> Claim | None:
         """Settle a result, and claim the next job, if there is one and this worker goes on.
@@ -3749,6 +3794,7 @@ class Worker:
                     result = None
                     if self._child is not None:
                         self._child.close()
+                        self._child = None
                 if wanted or self._level != RUN:
                     if claim is None and wanted:
                         self._recovered()
@@ -3756,11 +3802,12 @@ class Worker:
             self._back_off()
         return None
 
-    def _complain(self, text: str) -> None:
-        """Warn, but only once until a job has started again, or none is there to start."""
+    def _complain(self, text: str, of: str = "start") -> None:
+        """Warn, but only once until that works again: of the start of jobs, that one has started or
+        none is there to start."""
         if text not in self._complaints:
             self._log.warn(text)
-        self._complaints.add(text)
+        self._complaints[text] = of
 
     def _lacks(self, text: str, error: OSError) -> None:
         """Complain of a shortage. Where it is one of descriptors, close the pipes of ended jobs, of
@@ -3770,9 +3817,10 @@ class Worker:
                 self._drop_pipe(fd)
         self._complain(text)
 
-    def _recovered(self) -> None:
-        if self._complaints:
-            self._complaints.clear()
+    def _recovered(self, of: str = "start") -> None:
+        if of in self._complaints.values():
+            self._complaints = {text: other for text, other in self._complaints.items()
+                                if other != of}
             self._log.warn("that works again")
 
     def _log_result(self, result: Result, settled: Settled | None) -> None:
@@ -3892,8 +3940,9 @@ class Worker:
             try:
                 if self._queue.sync() >= WAL_LIMIT:
                     self._queue.ring(self._options.name)  # to checkpoint
+                self._recovered("sync")
             except DatabaseUnavailable as error:
-                self._complain(str(error))
+                self._complain(str(error), "sync")
         tick = now >= self._next_look
         if tick:
             self._next_look = now + TICK
@@ -4197,8 +4246,15 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, note: Callable
                 for info in sorted(left, key=lambda info: -info.slot))
                 + ("; not to wait for jobs: " + hint("worker stop --now")) * (level != NOW))
         time.sleep(0.01)
-    Rescuer().finish(queue, lambda text: None)
+    take_back_now(queue)
     return sum(info.slot > 0 for info in found)
+
+
+def take_back_now(queue: Queue) -> None:
+    """Take back at once what dead workers have left: after a change that concerns their jobs. (It
+    has been made, also where this user may not ask who lives.)"""
+    with contextlib.suppress(QueueError):
+        Rescuer().finish(queue, lambda text: None)
 
 
 def serves(info: WorkerInfo, name: str) -> bool:
@@ -5103,7 +5159,7 @@ def page_job(queue: Queue, asked: Mapping[str, str]) -> dict[str, Any]:
 
 def act_cancel(queue: Queue, body: dict[str, Any]) -> None:
     queue.cancel([str(body["id"])])
-    Rescuer().finish(queue, lambda text: None)  # its worker may be dead
+    take_back_now(queue)
 
 
 # What a tab may ask for, by what stands behind the ?, and what it may have done, by the JSON in
@@ -5504,6 +5560,8 @@ def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
             continue
         if isinstance(job, dict) and (defaults or completed):
             own = {name: value for name, value in job.items() if value is not None}
+            if isinstance(own.get("after"), str):
+                own["after"] = [own["after"]]
             if isinstance(own.get("after"), list):
                 own["after"] = [id for id in own["after"]
                                 if not (isinstance(id, str) and id in completed)]
@@ -5839,7 +5897,7 @@ def cmd_cancel(queue: Queue, args: argparse.Namespace) -> None:
         jobs = queue.cancel(args.id)
     else:
         say("%s cancelled" % counted(queue.cancel_all(args.queue), "job"))
-    Rescuer().finish(queue, lambda text: None)  # their workers may be dead
+    take_back_now(queue)
     for job in jobs:
         if queue.get(job.id).state == "processing":
             say("job %s is being ended" % job.id)

@@ -55,6 +55,7 @@ from queuectl import Queue, QueueError  # noqa: E402
 SCRIPT = os.path.join(HERE, "queuectl.py")
 PATIENCE = 60.0  # seconds after which an awaited event counts as missing
 PYTHON = shlex.quote(sys.executable)
+OUTCOMES = ("completed", "failed", "timeout", "cancelled", "interrupted", "lost")
 ROOT = os.geteuid() == 0 if hasattr(os, "geteuid") else False
 
 
@@ -1363,7 +1364,7 @@ class ModelTest(Case):
                 seed, "\n  ".join(self.trace[-12:])), file=sys.stderr)
             raise
         self.assertLessEqual(
-            {*queuectl.STATES, *queuectl.VIEWS, *queuectl.OUTCOMES, "stale", "key", "circle",
+            {*queuectl.STATES, *queuectl.VIEWS, *OUTCOMES, "stale", "key", "circle",
              "prune", "due", "capped", "drawn", "stuck", "limited", "edited", "not edited",
              "told"}, self.done, "seed %d: not met" % seed)
 
@@ -1633,7 +1634,7 @@ class ModelTest(Case):
         if not open_claims:
             return
         claim = self.random.choice(open_claims)
-        outcome = self.random.choice(("completed",) * 4 + ("failed",) * 4 + queuectl.OUTCOMES)
+        outcome = self.random.choice(("completed",) * 4 + ("failed",) * 4 + OUTCOMES)
         job = self.jobs[claim.id]
         self.log("settle %s: %s", claim.id, outcome)
         end = {"exit_code": self.random.choice([0, 3, None]),
@@ -1699,7 +1700,7 @@ class ModelTest(Case):
             claim = self.random.choice(stale)
             self.log("stale settle of %s", claim.id)
             self.assertIsNone(self.settle(self.any_queue(), claim,
-                                          self.random.choice(queuectl.OUTCOMES)))
+                                          self.random.choice(OUTCOMES)))
             self.done.add("stale")
 
     def do_cancel(self):
@@ -1801,15 +1802,15 @@ class ModelTest(Case):
         states = self.random.choice([["completed"], ["dead"], list(queuectl.ENDED)])
         age = self.random.choice([0, 10, 1000])
         before = queuectl.iso(self.time.now - age)
-        batch, gone = self.random.choice([2, 200]), []
-        rows = list(self.jobs.items())
-        for first in range(0, len(rows), batch):  # who waited, but is gone now, waits no more
-            waited_for = {need for id, job in rows if job["unmet"] and id not in gone
-                          for need in job["after"]}
-            gone += [id for id, job in rows[first:first + batch] if job["state"] in states
-                     and job["updated"] <= before
-                     and (job["state"] == "completed" or id not in waited_for)]
-        with mock.patch.object(queuectl, "PRUNE_BATCH", batch):
+        gone, more = [], None
+        while more != []:  # who waited, but is gone now, waits no more
+            left = {id: job for id, job in self.jobs.items() if id not in gone}
+            waited_for = {need for job in left.values() if job["unmet"] for need in job["after"]}
+            more = [id for id, job in left.items() if job["state"] in states
+                    and job["updated"] <= before
+                    and (job["state"] == "completed" or id not in waited_for)]
+            gone += more
+        with mock.patch.object(queuectl, "PRUNE_BATCH", self.random.choice([2, 200])):
             self.assertEqual(self.call("prune", states, age), len(gone), gone)
         for id in gone:
             del self.jobs[id]
@@ -3078,6 +3079,9 @@ class Runner(Process):
                 self.assertEqual(fast, at)
                 self.assertTrue(big or not missed)
                 all_missed += missed
+                _, missed = self.read_on(queue, claim.run, stream, 0)  # who comes late
+                first, last = output.missing()
+                self.assertTrue(big or missed <= last - first)
                 if random.random() < 0.1:
                     slow, _ = self.read_on(queue, claim.run, stream, slow)
                     self.assertEqual(slow, at)
@@ -3193,7 +3197,9 @@ class Workers(Process):
             self.assertEqual(
                 [call[0][0].partition(":")[0] for call in worker._log.warn.call_args_list],
                 ["cannot lock a file for the next job"] + said)
-        self.assertEqual(worker._complaints, set())
+        self.assertEqual(worker._complaints, {})
+        worker._queue.work_left.side_effect = queuectl.DatabaseUnavailable("full")
+        self.assertFalse(worker._is_drained())  # it is asked again
 
     def test_who_lacks_descriptors_closes_the_pipes_of_ended_jobs(self):
         """Whatever needs one: in a worker that goes on without, nothing else would free any."""
@@ -3208,11 +3214,15 @@ class Workers(Process):
             with mock.patch.object(worker._lock, "renew", side_effect=[none, "w.run0"]):
                 worker._turn(None)
 
-        def sync():  # fails, but not for that
-            queue.sync_at, worker._next_look = 0.0, math.inf
-            with mock.patch.object(queuectl, "flush", side_effect=OSError(errno.EIO, "no")):
-                worker._sleep(0.0)
-            queue.sync()
+        def sync():  # fails, but not for that; it works again when one has succeeded
+            worker._next_look = math.inf
+            for flush, said in (mock.Mock(side_effect=OSError(errno.EIO, "no")), 0), (None, 1):
+                queue.sync_at = 0.0
+                with mock.patch.object(queuectl, "flush", flush or queuectl.flush):
+                    worker._sleep(0.0)
+                worker._recovered()
+                self.assertEqual(worker._log.warn.call_args_list.count(
+                    mock.call("that works again")), said + 1)
 
         def full():
             with mock.patch.object(worker._lock, "renew", side_effect=[
@@ -3343,6 +3353,12 @@ class Workers(Process):
         with contextlib.suppress(BlockingIOError):
             while os.read(reader, 65536):
                 pass
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        late = fcntl.fcntl(reader, fcntl.F_DUPFD, 1100)  # which select() does not know
+        self.addCleanup(os.close, late)
+        self.assertFalse(queuectl.stalled(late, 0))
         log.warn("line 3")
         self.assertRegex(os.read(reader, 65536).decode(),
                          r"\A\(3 lines were dropped\)\n[0-9:-]+ [0-9:]+ me: line 3\n\Z")
@@ -3458,8 +3474,8 @@ class Workers(Process):
                           if key.startswith("QUEUECTL_")},
                          {"QUEUECTL_JOB_ID": "b", "QUEUECTL_ATTEMPT": "1", "QUEUECTL_QUEUE": "mail",
                           "QUEUECTL_MAX_RETRIES": "7", "QUEUECTL_WORKER": "1",
-                          "QUEUECTL_DB": self.db, "QUEUECTL_RUN": "%s/%d" % (
-                              self.queue().identity, self.runs("b")[0].run)})
+                          "QUEUECTL_DB": self.db, "QUEUECTL_RUN": queuectl.run_name(
+                              self.queue(), self.runs("b")[0].run)})
         self.assertEqual([folder] + [env[key] for key in ("OF_JOB", "OF_WORKER", "KEPT")],
                          [self.path("folder"), "b c", "changed", "y"])
         self.add("c", "true")
@@ -3766,6 +3782,21 @@ class Hostile(Process):
         output = self.output("a")
         self.assertLess(len(output), 65536 + 200)
         self.assertIn(b"%d bytes are not kept" % (200000000 - 65536), output)
+
+    @linux
+    def test_a_pipe_that_holds_much(self):
+        """What it wrote before it ended is read to its end, however late the worker is."""
+        many = "fcntl.fcntl(1, 1031, 1 << 20); os.write(1, b'x' * 900000 + b'\\nthe reason'); " \
+            "os._exit(3)"  # 1031: F_SETPIPE_SZ
+        meeting, _, pid = self.busy(
+            "%%s; exec %s -c %s" % (PYTHON, shlex.quote("import fcntl, os; " + many)),
+            max_retries=1)
+        worker = self.infos()[0].pid
+        self.freeze(worker)
+        meeting.let_go()
+        self.until(lambda: not alive(pid))
+        os.kill(worker, signal.SIGCONT)
+        self.assertEqual(self.until_state("a", "dead").last_error, "exit code 3: the reason")
 
     def test_few_descriptors(self):
         for limit in (20, 64, 100):
@@ -4103,6 +4134,20 @@ class Guarantees(Process):
         self.assertTrue(meeting.nobody())
         os.kill(unknown, signal.SIGKILL)
         meeting.arrived()
+        self.finish(meeting)
+
+    def test_04_a_copy_of_the_database_ends_nobody(self):
+        """Its runs have the same numbers, and no worker of it lives."""
+        meeting, _, pid = self.busy()
+        copy = self.path("copy.db")
+        with contextlib.closing(sqlite3.connect(self.db)) as source, \
+                contextlib.closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+        os.chmod(copy, 0o600)
+        with Queue(copy) as queue:
+            queuectl.take_back_now(queue)
+            self.assertEqual(queue.get("a").state, "pending")
+        self.assertTrue(alive(pid))
         self.finish(meeting)
 
     @linux
@@ -5348,6 +5393,21 @@ class Wait(Everyday):
         self.assertEqual((named.rest()[0], all_of_them.rest()[0]), (1, 1))
         self.assertEqual(self.states(), dict(first="dead", second="blocked", third="blocked"))
 
+    def test_what_is_retried_meanwhile_blocks_nobody_for_ever(self):
+        """Though a wait for all, which began when it was dead, does not count it."""
+        queue = self.queue()
+        queue.enqueue("false", id="dead", max_retries=1)
+        self.run_next(queue, "failed")
+        for id, after in (("blocked", ["dead"]), ("other", [])):
+            queue.enqueue("true", id=id, after=after)
+        last = queue.wait_for_all()
+        for act, expected in ((lambda: None, (2, 0, 0)), (lambda: self.run_next(queue), (1, 1, 0)),
+                              (lambda: queue.retry(["dead"]), (1, 0, 0)),
+                              (lambda: self.run_next(queue), (1, 0, 0)),
+                              (lambda: self.run_next(queue), (0, 0, 0))):
+            act()
+            self.assertEqual(queue.progress(last, None), expected)
+
     def test_named_jobs_cost_nothing_for_all_the_others(self):
         with Queue(self.db) as queue:
             queue.enqueue("true", id="a")
@@ -5727,6 +5787,14 @@ class Logs(Everyday):
 class Cancel(Everyday):
     """cancel ID ..., and dlq retry, which takes back what was cancelled"""
 
+    def test_by_who_may_not_ask_which_workers_live(self):
+        """It is done all the same."""
+        self.ok("enqueue", "--id", "a", "true")
+        self.queue().turn(None, "w", "w.run0")
+        with mock.patch.object(queuectl, "is_held", side_effect=QueueError("only the user")):
+            self.ok("cancel", "a")
+        self.assertEqual(self.sql("SELECT cancel FROM jobs"), [(1,)])
+
     def test_waiting(self):
         """A pending job, for later, blocked or waiting for its retry, will not run. With unknown
         or ended jobs nothing is touched. dlq retry takes a cancelled one, --all dead ones only."""
@@ -5925,10 +5993,10 @@ class Selection(Everyday):
             dead: b1; completed: c1; cancelled: b2
             $ queuectl dlq purge --queue a
             ! queuectl: 0 dead jobs deleted
-            $ queuectl prune --queue b
-            ! queuectl: 1 job deleted
             $ queuectl dlq purge --all
-            ! queuectl: 1 dead job deleted
+            ! queuectl: 0 dead jobs deleted
+            $ queuectl prune --queue b
+            ! queuectl: 2 jobs deleted
             $ queuectl prune --all
             ! queuectl: 1 job deleted
             $ queuectl list --json
@@ -6677,10 +6745,11 @@ class Prune(Everyday):
             d1 dead
             $ queuectl dlq purge --older-than 1h
             ! queuectl: 1 dead job deleted
+            # What only those have needed that go goes with them.
             $ queuectl prune --older-than 1h
-            ! queuectl: 1 job deleted
+            ! queuectl: 2 jobs deleted
             $ states
-            dead: blocker d1; cancelled: off; blocked: stuck behind
+            dead: blocker d1; blocked: stuck behind
             $ queuectl dlq purge
             ! queuectl: 1 dead job deleted
             $ queuectl enqueue --lines - --max-retries 1 <<END
@@ -6692,7 +6761,7 @@ class Prune(Everyday):
             ...
             # One that has completed, one that is dead, and what was cancelled.
             $ queuectl prune
-            ! queuectl: 3 jobs deleted
+            ! queuectl: 2 jobs deleted
             $ states
             dead: blocker; blocked: stuck behind
             """)
