@@ -6408,7 +6408,10 @@ class LimitedChaos(Chaos):
             watcher.enqueue(self.JOB % (random.randrange(1, 9), random.random() < 0.3),
                             cwd=self.dir, max_retries=random.choice([1, 2]), queue="narrow")
         self.kill(random, 0.1)
-        self.until(lambda: not sum(watcher.counts()[state] for state in ("pending", "processing")))
+        left = 1 + 4 * self.KILLS
+        while left:  # it is waited for as long as some end
+            left, = self.until(lambda: [count for count in [sum(
+                watcher.counts()[state] for state in ("pending", "processing"))] if count < left])
         jobs = list(watcher.jobs())
         dead = [job.id for job in jobs if job.state == "dead"]
         told = [job.env["QUEUECTL_DEAD_JOB"] for job in jobs if job.env]
