@@ -2020,6 +2020,8 @@ SYNC_DELAY = 0.1  # seconds that a worker's commit may wait for its fsync
 UNAVAILABLE = ("full", "disk I/O error", "unable to open", "locking protocol")
 
 _connections: set[int] = set()  # ids of the Databases open in this process; see safe_to_fork()
+# To close the last connection would bring the -wal file into a damaged database, and delete it.
+_left_open: list[sqlite3.Connection] = []
 
 
 def safe_to_fork() -> bool:
@@ -2065,6 +2067,7 @@ class Database:
         self._version = -1
         self._checked = 0  # st_mtime_ns of the file when its id was last read
         self._patience = BUSY_BUDGET
+        self._is_damaged = False
         try:
             self._file = self._inspect()
             self._db = sqlite3.connect(
@@ -2098,7 +2101,10 @@ class Database:
             if self._wal_fd >= 0:
                 os.close(self._wal_fd)
             _connections.discard(id(self))
-            self._db.close()
+            if self._is_damaged:
+                _left_open.append(self._db)
+            else:
+                self._db.close()
 
     def __del__(self) -> None:
         _connections.discard(id(self))  # of who was forgotten: its connection closes itself
@@ -2293,7 +2299,9 @@ class Database:
         return kind("%s: %s%s" % (self.path, text, "; " + advice if advice else ""))
 
     def _damaged(self) -> QueueError:
-        return QueueError("%s is corrupt; restore a copy of it" % self.path)
+        self._is_damaged = True
+        return QueueError("%s is corrupt; stop its workers, delete its -wal and -shm files, and "
+                          "put a copy in its place" % self.path)
 
     def _json(self, text: str | None) -> Any:
         """What has been stored as JSON."""
@@ -2761,9 +2769,10 @@ class Queue(Database):
                     rows += self._rows(COUNT_WAITING_BY_QUEUE, {"hold": row["hold"]})
         for state, hold, queue, jobs in rows:
             counts = queues.setdefault(queue, dict.fromkeys(STATES + VIEWS, 0))
-            counts[state] += jobs
-            if hold != READY:
-                counts[HOLD_VIEWS[hold]] += jobs
+            for key in (state,) if hold == READY else (state, HOLD_VIEWS.get(hold)):
+                if key not in counts:
+                    raise self._damaged()
+                counts[key] += jobs
         return queues
 
     def counts(self) -> dict[str, int]:
@@ -3620,8 +3629,8 @@ class Execution:
 #           its own and its supervisor's, whose free lock means DRAIN. It reads them when its bell
 #           rings and once a TICK; a supervisor reads its own whenever it wakes. A stop of all is
 #           written into every lock file, that of one worker into its own. Only the supervisor
-#           judges signals (a worker takes SIGTERM for DRAIN), because one Ctrl-C reaches every
-#           process of the terminal, and a closed window sends two SIGHUPs.
+#           judges signals, because one Ctrl-C reaches every process of the terminal, and a
+#           closed window sends two SIGHUPs. (A worker takes SIGTERM for DRAIN, and is replaced.)
 #   Bells   are hints: somebody has written something that concerns you. What a lost one should
 #           have told a worker is found within TICK, by one clock for each process.
 #
@@ -3691,6 +3700,7 @@ class Worker:
         self._rung = False  # whether something may have changed since _work or _attend looked
         self._clock = 0.0
         self._complaints: dict[str, str] = {}  # what was said, and what has to work again
+        self.terminated = False  # whether it has got a SIGTERM
 
     def main(self) -> int:
         """Work until told to stop; the exit code of the process."""
@@ -3700,7 +3710,7 @@ class Worker:
         for name in ("SIGINT", "SIGHUP", "SIGBREAK"):  # the supervisor's business
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda signum, frame: None)
-        signal.signal(signal.SIGTERM, lambda signum, frame: self._obey(DRAIN))
+        signal.signal(signal.SIGTERM, self._on_term)
         self._env = dict(os.environ)
         os.chdir(os.sep)
         try:
@@ -3718,6 +3728,11 @@ class Worker:
             self._log.warn(str(error))
             return 1 if getattr(error, "errno", None) in SHORTAGES else FATAL
 
+    def _on_term(self, signum: int, frame: Any) -> None:
+        """Somebody, such as its own job, ends this worker only: finish the job, and die by it."""
+        self.terminated = True
+        self._obey(DRAIN)
+
     def _enter(self) -> None:
         queue = self._queue
         self._held = hold(queue.lock_path(self._name))
@@ -3734,6 +3749,7 @@ class Worker:
         """Forget this worker, but for what a run that it could not settle needs: that is left
         to its rescuer. What cannot be removed is swept by others."""
         queue = self._queue
+        self.terminated &= os.fstat(self._held).st_size == RUN  # or it was ordered, too
         with contextlib.suppress(QueueError), queue.impatient(TICK):
             if not any(row["worker"] == self._name for row in queue.open_runs()):
                 queue.unregister(self._name)
@@ -3988,7 +4004,12 @@ class Worker:
 
 def _worker_main(options: StartOptions, name: str) -> None:
     """The worker process."""
-    sys.exit(Worker(options, name).main())
+    worker = Worker(options, name)
+    code = worker.main()
+    if worker.terminated and not code:  # as its supervisor sees then
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    sys.exit(code)
 
 
 class Seat(Record):
@@ -4153,7 +4174,7 @@ class Supervisor:
             if code is None:
                 continue
             seat.process = None
-            if code in (0, FATAL):
+            if code in (0, FATAL) or code == -signal.SIGTERM and self._level != RUN:
                 del self._seats[slot]
                 self._ring()  # with --drain, the others may be done now
                 if code == FATAL:
@@ -4236,8 +4257,9 @@ def stop_workers(queue: Queue, level: int, timeout: float | None, note: Callable
     while left:
         left = [info for info in left if is_held(queue.lock_path(info.name))]
         if left and time.monotonic() >= until:
-            raise TimeoutExpired("not all workers have stopped yet; to end their jobs: "
-                                 + hint("worker stop --now"))
+            raise TimeoutExpired("not all workers have stopped yet; " + (
+                "see: " + hint("worker list") if level == NOW else
+                "to end their jobs: " + hint("worker stop --now")))
         if left and time.monotonic() >= note_at:
             note_at = math.inf
             note("waiting for " + ", ".join(
@@ -4397,7 +4419,8 @@ def follow(queue: Queue, job: Job, number: int | None, live: bool) -> Iterator[t
 
 def _await_change(queue: Queue, until: float = math.inf, rest: float = 0.0) -> None:
     """Return when anything may have changed, `rest` seconds from now at the earliest; at the
-    latest after TICK, or `until` then (time.monotonic)."""
+    latest after TICK, or `until` then (time.monotonic). QueueError if the database is gone."""
+    queue.check_in_place()
     now = time.monotonic()
     rested, until = now + rest, min(until, now + max(rest, TICK))
     while now < until and (now < rested or not queue.changed()):
@@ -4587,7 +4610,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]],
     def line(cells: Sequence[str]) -> str:
         parts = []
         for column, (cell, limit) in enumerate(zip(cells, widths)):
-            if len(cell) > limit and (column < len(widths) - 1 or room < UNLIMITED):
+            if len(cell) > limit and room < UNLIMITED:
                 cell = cell[:limit - 1] + "\u2026"
             text = cell.ljust(limit) if column < len(widths) - 1 else cell
             parts.append(colour(text, cell) if column == coloured else text)
@@ -5649,8 +5672,8 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
                 say_why(queue, [job])
         say_obstacles(queue, queues)
     if skipped:
-        say("%s skipped, which had ended already: %s" % (
-            counted(len(skipped), "job"), " ".join(skipped[:5])))
+        say(" ".join([counted(len(skipped), "job"), "skipped, which had ended already:"]
+                     + [id or "(no id)" for id in skipped[:5]]))
 
 
 def say_obstacles(queue: Queue, names: Sequence[str], told: Sequence[str] = ()) -> None:
@@ -5812,6 +5835,7 @@ def cmd_status(queue: Queue, args: argparse.Namespace) -> None:
             status, status_warning(status), time.time(), size.columns, size.lines - 1)) + "\x1b[J")
         sys.stdout.flush()
         time.sleep(1)
+        queue.check_in_place()
     status = gather_status(queue)
     show(args, dict(status, workers=[info.as_dict() for info in status["workers"]]),
          itertools.chain(*status_parts(status, time.time())))
@@ -5884,7 +5908,7 @@ def cmd_wait(queue: Queue, args: argparse.Namespace) -> None:
     try:
         wait_for(queue, args.id, args.timeout, tell)
     finally:
-        if live and start:
+        if live and start and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             print(file=sys.stderr)  # what is said next has a line of its own
 
 
@@ -6276,6 +6300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return int(stop.code or 0)
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the prompt has a line of its own
         return 130
     except OSError as error:
         with contextlib.suppress(OSError, ValueError):  # what cannot be written is forgotten
