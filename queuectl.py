@@ -2101,7 +2101,7 @@ class Database:
             if self._wal_fd >= 0:
                 os.close(self._wal_fd)
             _connections.discard(id(self))
-            if self._is_damaged:
+            if self._is_damaged and _size(self.path + "-wal"):
                 _left_open.append(self._db)
             else:
                 self._db.close()
