@@ -1150,7 +1150,9 @@ class Storage(Case):
         queue = self.queue(durable=False)
         ids = list(queue.enqueue_many({"command": "true", "delay": 5} for _ in range(1200)))
         clock.now += 5
-        self.assertEqual([self.claim(queue).id for _ in range(1200)], ids)
+        self.assertEqual(self.claim(queue).id, ids[0])
+        self.assertEqual(queue.counts()["scheduled"], 1200 - queuectl.DUE_BATCH)
+        self.assertEqual([self.claim(queue).id for _ in range(1199)], ids[1:])
         self.assertIsNone(self.claim(queue))
 
     def test_many_or_none(self):
@@ -1210,6 +1212,9 @@ class Storage(Case):
                         other, claim, "failed")):
                     self.assertEqual(count(), 1, reads_before)
                 queue.edit("a", delay=0)
+        with self.interrupting(queue, 0, lambda: other.enqueue("true")):
+            last = queue.wait_for_all()
+        self.assertEqual(queue.progress(last, None)[0], 1)
 
     def test_an_error_in_a_snapshot_is_told(self):
         queue = self.queue()
@@ -2907,9 +2912,10 @@ class Platform(Process):
         pids = {meeting.arrived(), meeting.arrived()}
         self.kill_tree(path, *pids)
         meeting.gone()
-        self.assertEqual(child.ended(), (None, signal.SIGKILL))
-        # Who has closed his files is still dying, and for so long somebody in the group.
+        # Who has closed his files is still dying, and for so long somebody in the group. (Not then,
+        # though nobody has reaped him.)
         self.until(lambda: queuectl.end_tree(path, 7, "db/7") == ([], None))
+        self.assertEqual(child.ended(), (None, signal.SIGKILL))
         self.kill_tree(self.path("no such file"))
 
     @linux
@@ -2923,6 +2929,9 @@ class Platform(Process):
                 child.ended()
                 with open(path, "wb") as file:
                     file.write(record)
+                rescuer = self.peer("import sys; file = open(sys.argv[1]); "
+                                    "print('looks', flush=True); input()", path)
+                self.hear(rescuer)  # to have it open is no proof
                 self.kill_tree(path, pid)
                 meeting.gone()
 
@@ -2954,10 +2963,15 @@ class Platform(Process):
     @linux
     def test_end_tree_does_not_take_a_shortage_for_nobody(self):
         child, path = self.tree("exec sleep 1000")
-        with mock.patch.object(queuectl, "open", create=True,
-                               side_effect=OSError(errno.ENFILE, "no")):
-            with self.assertRaises(OSError):
-                queuectl.end_tree(path, 7, "db/7")
+        for place in ("/", "/proc/"):
+
+            def scarce(path, *words):
+                if path.startswith(place):
+                    raise OSError(errno.ENFILE, "no")
+                return open(path, *words)
+            with mock.patch.object(queuectl, "open", scarce, create=True):
+                with self.assertRaises(OSError):
+                    queuectl.end_tree(path, 7, "db/7")
         self.kill_tree(path, child.pid)
 
     @linux
@@ -3074,7 +3088,9 @@ class Runner(Process):
                 size = random.choice((70, 200, 1000)) if big else random.choice((1, 20, 60))
                 output.feed(stream[at:at + size])
                 seen, at = at, min(at + size, len(stream))
-                queue.add_output(claim.run, output.fresh(seen), output.missing())
+                fresh = output.fresh(seen)
+                self.assertLessEqual(sum(len(data) for _, data in fresh), 60)
+                queue.add_output(claim.run, fresh, output.missing())
                 fast, missed = self.read_on(queue, claim.run, stream, fast)
                 self.assertEqual(fast, at)
                 self.assertTrue(big or not missed)
@@ -3239,6 +3255,26 @@ class Workers(Process):
                 self.assertEqual((len(worker._open_pipes), pipe.close_output.call_count),
                                  (1 - closed, closed))
 
+    def test_who_leaves_a_run_behind_leaves_what_its_rescuer_needs(self):
+        """Where its result could not be stored. And whose lock has been deleted stops at once: he
+        looks dead."""
+        worker = self.worker()
+        queue, path = worker._queue, worker._queue.lock_path("w")
+        queuectl.require_safe(self.db)
+        queue.register("w", "s", None, None)
+        queue.enqueue("true")
+        claim = self.claim(queue, "w")
+        for left in (1, 0):
+            worker._held = queuectl.hold(path)
+            worker._leave()
+            self.assertEqual((len(queue._rows("SELECT 1 FROM workers")),
+                              os.path.exists(self.path("lock.run0"))), (left, left))
+            self.settle(queue, claim)
+        worker._held = queuectl.hold(path)
+        self.addCleanup(queuectl.release, path, worker._held)
+        os.unlink(path)
+        self.refuses("has been deleted", worker._look_around)
+
     def test_a_job_is_put_back_where_its_worker_lacks_something(self):
         worker = self.worker()
         queue, worker._sleep, worker._back_off = worker._queue, lambda until: [], lambda: None
@@ -3259,6 +3295,23 @@ class Workers(Process):
             queue.cancel([id])
             queue.turn(result, None)
 
+    def test_a_cancel_is_looked_for_when_a_bell_rings_and_once_a_tick(self):
+        worker, asked = self.worker(), []
+        wakes = iter(["bell", "output", "tick", "output", "end"])
+        execution = mock.Mock(child=None, reading=False)
+
+        def sleep(until):
+            wake = next(wakes)
+            worker._rung = wake == "bell"
+            worker._next_look += wake == "tick"
+            execution.step.return_value = mock.Mock() if wake == "end" else None
+            asked.append(wake)
+            return []
+        worker._sleep, worker._queue = sleep, mock.MagicMock()
+        worker._queue.cancel_requested.side_effect = lambda claim: asked.append("cancel?")
+        worker._attend(execution)
+        self.assertEqual(asked, ["bell", "cancel?", "output", "tick", "cancel?", "output", "end"])
+
     def test_who_cannot_see_what_is_due_tries_again(self):
         """And does not sleep until somebody changes the database."""
         worker, slept = self.worker(), []
@@ -3267,6 +3320,30 @@ class Workers(Process):
         worker._back_off, worker._sleep = lambda: slept.append("pause"), self.fail
         worker._idle()  # returns, to claim
         self.assertEqual(slept, ["pause"])
+        worker._queue.next_due.side_effect = lambda: time.time() + 0.5
+        worker._sleep = lambda until: setattr(worker, "_rung", slept.append(until) or True)
+        worker._idle()
+        self.assertAlmostEqual(slept[1], time.monotonic() + 0.5, delta=0.3)
+
+    def test_who_idles_claims_again_after_what_may_have_changed(self):
+        """A bell that rang during a claim, or a clock that was set: what is due may be another."""
+        worker, rung = self.worker(), []
+        worker._look_around, worker._rescuer.look = (lambda: None), lambda *words: 0
+
+        def turn(result):
+            worker._rung = True
+
+        def idle():
+            rung.append(worker._rung)
+            worker._level = queuectl.DRAIN
+        with mock.patch.multiple(worker, _turn=turn, _idle=idle):
+            worker._work()
+        self.assertEqual(rung, [True])
+        for jump, expected in ((0, True), (0, False), (3600, True), (3600, False), (0, True)):
+            worker._rung, worker._next_look, now = False, 0.0, time.time()
+            with mock.patch("time.time", return_value=now + jump):  # (the first is the first look)
+                worker._sleep(0.0)
+            self.assertEqual(worker._rung, expected, jump)
 
     def test_a_supervisor_that_waits_for_the_last_job_sleeps(self):
         supervisor = self.supervisor()
@@ -3310,8 +3387,11 @@ class Workers(Process):
     def test_an_order_does_not_lower_one_that_came_meanwhile(self):
         """A signal that arrives while somebody else says: now."""
         supervisor = self.supervisor()
+        supervisor._seats[1].name = "w"
         queuectl.give_order(self.path("lock"), queuectl.NOW)
-        supervisor._obey(queuectl.DRAIN)
+        with mock.patch.object(queuectl, "ring") as ring:
+            supervisor._obey(queuectl.DRAIN)
+        ring.assert_called_once_with(self.path("w.bell"))  # or it would be heard a second later
         self.assertEqual(os.path.getsize(self.path("lock")), queuectl.NOW)
 
     def test_a_supervisor_outlives_a_shortage(self):
@@ -3385,7 +3465,8 @@ class Workers(Process):
         queue, rescuer, notes = self.queue(), queuectl.Rescuer(), []
         queue.enqueue("true", id="a")
         self.claim(queue)
-        trees = [([4711], None)] * 8 + [([], None)] * 2  # unseen twice: it is gone
+        trees = [([4711], None)] * 8 + [([], None), ([4711], None)] \
+            + [([], None)] * 2  # unseen twice in a row: it is gone
         pauses = []
         with mock.patch.object(queuectl, "end_tree", lambda *words: trees.pop(0)):
             while trees:
@@ -3644,6 +3725,7 @@ class Stopping(Process):
                                (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM)):
             with self.place("signal%d" % signum) as meeting:
                 _, process, pid = self.busy(count=2, meeting=meeting)
+                self.assertEqual((os.getsid(pid), os.getpgid(pid)), (pid, pid))
                 (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
                 for same in again:
                     process.send_signal(same)
@@ -3684,6 +3766,15 @@ class Stopping(Process):
         self.assertEqual(self.cli("worker", "stop", "--now")[0], 0)
         self.put_back(meeting, process)
 
+    def test_a_job_may_stop_its_own_workers(self):
+        """It does not wait for itself."""
+        self.add("a", "queuectl worker stop --timeout 10", max_retries=1,
+                 env={"PATH": self.programs()})
+        process = self.workers()
+        job = self.until_state("a", "completed", "dead")
+        self.assertEqual((job.state, job.last_error), ("completed", None))
+        self.ended(process)
+
     def test_a_job_has_its_grace(self):
         """TERM first: a job that cleans up and exits does so undisturbed."""
         for name, trap, grace, output, signum in (
@@ -3699,8 +3790,12 @@ class Stopping(Process):
     def test_workers_end_with_their_job_by_a_signal_or_without_their_supervisor(self):
         meeting, process, pid = self.busy(count=3)
         busy, = [info for info in self.infos() if info.job]
+        for info in self.infos():
+            for signum in (signal.SIGINT, signal.SIGHUP):
+                os.kill(info.pid, signum)  # these are its supervisor's business
         for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(busy.pid, signum)
+        self.queue().ring(busy.name)  # that no file orders it does not take the order back
         self.assertTrue(alive(pid))
         self.finish(meeting)
         self.until(lambda: not alive(busy.pid))  # nobody has ordered that: another one comes
@@ -4029,6 +4124,18 @@ class Guarantees(Process):
             second.enqueue("true")
             second.close()
             self.assertEqual(len(synced), 5)
+        # Clients sync at each commit; a checkpoint that begins the log anew syncs its header. And
+        # the names of new files, the database's and then the log's, must last as well.
+        folders = []
+        with mock.patch.object(queuectl, "flush_folder", folders.append):
+            self.use("new", "q.db")
+            client, worker = self.queue(), self.queue(durable=False)
+            self.assertEqual([queue._value("PRAGMA synchronous") for queue in (client, worker)],
+                             [2, 1])
+            self.assertEqual(folders, [self.path("new")])
+            worker.enqueue("true")
+            worker.sync()
+            self.assertEqual(folders, [self.path("new")] * 2)
 
     def test_02_one_claim_per_job(self):
         """And one settle: ModelTest shows that stale results change nothing."""
@@ -4159,6 +4266,7 @@ class Guarantees(Process):
         pid = meeting.arrived()
         job = self.job("a")
         self.assertEqual((job.state, job.attempts), ("processing", 2))
+        self.assertEqual([info.slot for info in self.infos()], [1])  # the dead one's
         self.until_logged(process, "worker 1 died (killed by SIGKILL)")
         self.until_logged(process, "job a: its worker %s died; the job is pending"
                           % self.runs("a")[0].worker)
@@ -4217,6 +4325,10 @@ class Guarantees(Process):
             del rung[:]
             self.settle(queue, claim)
             self.assertEqual(rung, ["1", "3"])  # the queue of the job that waited for it
+            del rung[:]
+            with mock.patch.object(queuectl, "is_held", return_value=True):
+                queue.order_stop(queuectl.DRAIN)
+            self.assertEqual(sorted(rung), ["1", "2", "3", "4"])
 
     def snapshot(self, folder):
         """What stands in a folder, byte for byte (without the side files of a queue)."""
@@ -4227,7 +4339,8 @@ class Guarantees(Process):
     BAD = (  # what it is, what is said of it, and how it is made
         ("text", "not a database", b"to whom it may concern\n" * 1000),
         ("a note", "not a database", b"milk\n"), ("one byte", "", b"x"),
-        ("folder", "folder", os.mkdir), ("fifo", "not a regular file", getattr(os, "mkfifo", None)),
+        ("folder", "is a folder", os.mkdir),
+        ("fifo", "not a regular file", getattr(os, "mkfifo", None)),
         ("other program's", "another program's", ["CREATE TABLE jobs (id)"]),
         ("marked by another program", "another program's",
          ["PRAGMA application_id = 7", "PRAGMA user_version = 1"]),
@@ -4235,8 +4348,9 @@ class Guarantees(Process):
          ["PRAGMA journal_mode = WAL", "CREATE TABLE t (x)"]),
         ("live WAL", "another program's", None), ("crashed WAL", "another program's", None),
         ("newer", "newer queuectl", (1, None, "PRAGMA user_version = 99")),
-        ("truncated", "truncated", (0.5, None)), ("truncated in its first page", "", (1e-9, None)),
-        ("corrupt", "corrupt", (1, 4096)), ("corrupt from its first page on", "", (1, 100)),
+        ("truncated", "is truncated", (0.501, None)),
+        ("truncated in its first page", "", (1e-9, None)),
+        ("corrupt", "is corrupt", (1, 4096)), ("corrupt from its first page on", "", (1, 100)),
     )
 
     def bad_file(self, kind, how):
@@ -4531,7 +4645,8 @@ class Guarantees(Process):
         ] + [((os.chmod, folder, mode), (os.chmod, folder, 0o700), shared)
              for mode in (0o777, 0o1777, 0o1702)] + [
             ((os.chown, path, 65534, 65534), (os.chown, path, 0, 0), says)
-            for path, says in ((side, "-run"), (self.db, "another user")) if ROOT]
+            for path, says in ((side, "-run"), (self.db, "another user"),
+                               (folder, "a folder of another user")) if ROOT]
         self.addCleanup(self.main, "worker", "stop", "--now")
         for (do, *how), (undo, *back), says in table:
             do(*how)
@@ -4546,6 +4661,9 @@ class Guarantees(Process):
             with self.assertRaisesRegex(QueueError, "another user"):
                 queuectl.require_safe(self.db)
         self.assertEqual(os.listdir(self.path("planted")), [])
+        os.symlink(self.db, self.path("link"))
+        with self.assertRaises(OSError):
+            queuectl.create_file(self.path("link"))
         for mode in (0o770, 0o1770, 0o2770):  # a group is the owner's choice
             os.chmod(folder, mode)
             self.add("%o" % mode, "true")
@@ -4555,6 +4673,9 @@ class Guarantees(Process):
     def test_10_no_reader_pins_the_wal(self):
         writer, reader = self.queue(), self.queue()
         list(writer.enqueue_many({"command": "true"} for _ in range(2500)))
+        with mock.patch.object(reader, "_rows", wraps=reader._rows) as rows:
+            self.assertEqual(len(list(reader.jobs())), 2500)
+        self.assertEqual(rows.call_count, 3)
         for page in (1, 1001, 2001):
             jobs = reader.jobs()
             for _ in range(page):
@@ -6675,6 +6796,22 @@ class Detach(Everyday):
                         self.assertEqual(text.startswith(b"mine\n"), kind == "mine")
                     self.assertFalse(os.path.exists(log + ".1"))
 
+    def test_two_who_make_room_in_a_log_at_once(self):
+        """The one that comes later leaves what the first has moved."""
+        log, create = self.path("log"), queuectl.create_file
+        with open(log, "wb") as file:
+            file.write(b"x" * queuectl.LOG_LIMIT)
+
+        def late(path, flags=0):
+            fd = create(path, flags)
+            if not os.path.exists(log + ".1"):
+                os.replace(log, log + ".1")
+                os.close(create(log))
+            return fd
+        with mock.patch.object(queuectl, "create_file", late):
+            os.close(queuectl.open_log(log))
+        self.assertEqual(os.path.getsize(log + ".1"), queuectl.LOG_LIMIT)
+
     def log_one_job(self, way, log, id):
         self.add(id, "true")
         if way == "background":
@@ -6791,6 +6928,22 @@ class Prune(Everyday):
             dead: blocker; blocked: stuck behind
             """)
 
+    def test_what_is_wanted_again_meanwhile_stays(self):
+        """A prune has found a job, which then is retried, or another one waits for it."""
+        queue, other = self.queue(), self.queue()
+        for id in ("retried", "needed", "old"):
+            queue.enqueue("true", id=id, max_retries=1)
+        self.run_all(queue, "failed")
+        begin = queue._transaction
+
+        def late():
+            other.retry(["retried"])
+            other.enqueue("true", id="new", after=["needed"])
+            return begin()
+        with mock.patch.object(queue, "_transaction", late):
+            self.assertEqual(queue.prune(queuectl.ENDED), 1)
+        self.assertEqual(list(self.states()), ["retried", "needed", "new"])
+
     def test_rows_and_space(self):
         """With a job go its runs and what it waited for, and the file gets smaller."""
         def tables():
@@ -6817,6 +6970,17 @@ class Prune(Everyday):
             db.execute("DROP TABLE t")
         self.add("a", "true")
         self.assertEqual(self.main("prune"), (0, "", "queuectl: 0 jobs deleted\n"))
+
+    def test_old_minutes_become_one(self):
+        clock, queue = self.clock(), self.queue()
+        for _ in range(5):
+            queue.enqueue("true")
+            self.run_next(queue)
+            clock.now += 1800
+        before = queue.stats()
+        queue.housekeeping(0)
+        self.assertEqual(queue.stats(), before)
+        self.assertEqual(queue._value("SELECT count(*) FROM stats"), 3)
 
     def test_keep_completed(self):
         """Idle workers delete completed jobs past keep_completed, a few at a time, and no
