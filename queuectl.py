@@ -2174,9 +2174,9 @@ class Database:
         if length < 100:  # the size of a header; SQLite takes a single byte for nothing
             raise sqlite3.DatabaseError("file is not a database")
         with self._file_itself() as look:
-            owner, version, pages, size = (
+            owner, version, size = (
                 look.execute("PRAGMA " + name).fetchone()[0]
-                for name in ("application_id", "user_version", "page_count", "page_size"))
+                for name in ("application_id", "user_version", "page_size"))
             # What is ours is not read any further: most of it may still be in the -wal file.
             foreign = owner != APPLICATION_ID and (
                 owner or version or log
@@ -2185,9 +2185,8 @@ class Database:
             raise QueueError("%s is another program's database; name another file with --db"
                              % self.path)
         self._check_version(version)
-        if pages * size > length and not log:
-            raise QueueError("%s is truncated (%d bytes of %d); restore a copy of it"
-                             % (self.path, length, pages * size))
+        if length % size and not log:
+            raise QueueError("%s is truncated within a page; put a copy in its place" % self.path)
 
     def _check_version(self, version: int) -> None:
         if version > VERSION:

@@ -4495,7 +4495,8 @@ class Guarantees(Process):
         # At the first use: the checkpoint at its end could not bring all of the log into the file.
         many = b'{"command": "true"}\n' * 7000
         for _ in range(2):
-            self.refused("enqueue", "--file", "-", by=self.cli, code=1, says="disk", stdin=many)
+            self.refused("enqueue", "--file", "-", by=self.cli, code=1,
+                         says="nothing was stored", stdin=many)
         self.assertGreater(self.sql("PRAGMA page_count")[0][0] * 1024, os.path.getsize(self.db))
         subprocess.run(["mount", "-o", "remount,size=8m", folder], check=True)
         ids = self.ok("enqueue", "--file", "-", stdin=many)
