@@ -2902,8 +2902,9 @@ class Platform(Process):
         return child, path
 
     def kill_tree(self, path, *expected):
-        """One look of a rescuer, which must find these processes."""
-        pids, unproven = queuectl.end_tree(path, 7, "db/7")
+        """One look of a rescuer, which must find these processes. Their run has the name of this
+        test's folder, which no other suite has that runs now."""
+        pids, unproven = queuectl.end_tree(path, 7, self.dir)
         self.assertEqual((sorted(pids), unproven), (sorted(expected), None))
 
     def test_end_tree_ends_the_whole_group(self):
@@ -2914,7 +2915,7 @@ class Platform(Process):
         meeting.gone()
         # Who has closed his files is still dying, and for so long somebody in the group. (Not then,
         # though nobody has reaped him.)
-        self.until(lambda: queuectl.end_tree(path, 7, "db/7") == ([], None))
+        self.until(lambda: queuectl.end_tree(path, 7, self.dir) == ([], None))
         self.assertEqual(child.ended(), (None, signal.SIGKILL))
         self.kill_tree(self.path("no such file"))
 
@@ -2940,7 +2941,7 @@ class Platform(Process):
         """Its leader is gone, but who has the run in his environment proves whose group it is."""
         meeting = self.meeting()
         child, path = self.tree("cd %s; %s & %s; exit 0" % (
-            shlex.quote(self.dir), self.shut(meeting.here), self.BARE), QUEUECTL_RUN="db/7")
+            shlex.quote(self.dir), self.shut(meeting.here), self.BARE), QUEUECTL_RUN=self.dir)
         pids = meeting.arrived(), self.bare(self.dir)
         child.ended()
         self.assertEqual(queuectl.end_tree(path, 7, "db")[0], [])
@@ -2971,7 +2972,7 @@ class Platform(Process):
                 return open(path, *words)
             with mock.patch.object(queuectl, "open", scarce, create=True):
                 with self.assertRaises(OSError):
-                    queuectl.end_tree(path, 7, "db/7")
+                    queuectl.end_tree(path, 7, self.dir)
         self.kill_tree(path, child.pid)
 
     @linux
