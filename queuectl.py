@@ -5582,10 +5582,9 @@ def unfinished_jobs(jobs: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
             continue
         if isinstance(job, dict) and (defaults or completed):
             own = {name: value for name, value in job.items() if value is not None}
-            if isinstance(own.get("after"), str):
-                own["after"] = [own["after"]]
-            if isinstance(own.get("after"), list):
-                own["after"] = [id for id in own["after"]
+            after = own.get("after")
+            if isinstance(after, (str, list)):
+                own["after"] = [id for id in ([after] if isinstance(after, str) else after)
                                 if not (isinstance(id, str) and id in completed)]
             job = {**defaults, **own}
             if "delay" in own or "run_at" in own:  # either is the job's own choice

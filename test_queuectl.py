@@ -1189,6 +1189,8 @@ class Storage(Case):
             self.assertEqual(len(set(ids)), len(jobs))
             self.assertEqual([id == "own" for id in ids], ["id" in job for job in jobs])
             self.assertEqual(self.ids(queue.jobs())[-len(ids):], ids)
+        with mock.patch.object(queuectl, "IDS_TAKEN", "SELECT 1 WHERE 0"):  # by nobody
+            self.refuses("is corrupt", queue.enqueue, "true", id="same")
 
     def test_a_source_of_jobs_may_enqueue_others(self):
         """Such as those that its own jobs wait for: each is stored once, and none is lost."""
@@ -2014,6 +2016,12 @@ class Commands(Case):
         for word in queuectl.SETTINGS:
             self.assertIn(word, self.refused("config", "get", "nope"))
 
+    def test_a_name_that_the_locale_does_not_know(self):
+        job = '{"command": "x", "env": ["\u20ac"]}'.encode()
+        self.refused("enqueue", "--file", "-", by=self.cli, code=1, stdin=job,
+                     says="is not set here", env={
+                         "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+
     def test_files_of_jobs_that_are_wrong(self):
         """An error names its line, and nothing of the file is stored."""
         self.ok("enqueue", "--id", "taken", "true")
@@ -2200,6 +2208,12 @@ class Commands(Case):
             $ queuectl list --json | queuectl --db other.db enqueue --file -
             ! queuectl: line ...: the id bad is taken...
             [1]
+            $ queuectl --db third.db enqueue --file - <<END
+            > {"id": "done", "command": "x", "state": "completed"}
+            > {"id": "one", "command": "x", "after": "done"}
+            > END
+            one
+            ! queuectl: 1 job skipped, which had ended already: done
             """)
         with Queue(self.path("other.db")) as queue:
             self.assertEqual([(job.view, job.attempts) for job in queue.jobs()], [
@@ -4432,7 +4446,11 @@ class Guarantees(Process):
             self.assertIn("is corrupt; stop its workers", err)
             self.assertNotIn("Traceback", err)
             self.assertEqual(self.sql("SELECT state, attempts FROM jobs"), [("pending", 0)])
-        self.sql("UPDATE jobs SET env = NULL")
+        self.sql("UPDATE jobs SET env = NULL, command = 'true'")
+        self.ok("cancel", "a")
+        self.sql("UPDATE jobs SET state = 'cance_led'")
+        for words in (("status",), ("status", "--json"), ("metrics",)):
+            self.refused(*words, code=1, says="is corrupt")
         data = read_file(self.db)
         at = data.index(b"CREATE TABLE jobs")
         with open(self.db, "r+b") as file:
